@@ -1,0 +1,1 @@
+"""The engine: what turns a prompt into text, in a process of its own."""

@@ -1,0 +1,91 @@
+"""Owns the closed list of domain errors: every way a request, a setting or a model can be refused.
+
+This module imports nothing of the project, so that every layer may raise these and only the boundaries
+(``app`` for HTTP, ``__main__`` for the command line, the engine's worker for its pipe) translate them.
+"""
+
+
+class ServiceError(Exception):
+    """Base of all errors that the service raises on purpose; the message is one clear line for a person."""
+
+
+class SettingsInvalid(ServiceError):
+    """The environment holds wrong settings; ``problems`` lists every one of them, one line each."""
+
+    def __init__(self, problems: list[str]):
+        super().__init__("; ".join(problems))
+        self.problems = problems
+
+
+class ModelRefused(ServiceError):
+    """The model file is missing, damaged, unknown, of the wrong hash or too big: starting again will not help."""
+
+
+class FetchFailed(ServiceError):
+    """A model could not be downloaded; what has arrived is kept and the next try goes on from there."""
+
+
+class RequestMalformed(ServiceError):
+    """The request cannot be understood (400)."""
+
+
+class FieldUnsupported(RequestMalformed):
+    """The request asks for something that the engine cannot honour (400): told, never ignored."""
+
+    def __init__(self, field: str, why: str):
+        super().__init__(f"{field}: {why}")
+        self.field = field
+
+
+class FieldOutOfBounds(ServiceError):
+    """One field is well-formed but outside its bounds (422)."""
+
+    def __init__(self, field: str, bound: str):
+        super().__init__(f"{field}: {bound}")
+        self.field = field
+        self.bound = bound
+
+
+class BodyTooLarge(ServiceError):
+    """The body exceeds the limit in bytes (413)."""
+
+    def __init__(self, limit_bytes: int):
+        super().__init__(f"the body may hold at most {limit_bytes} bytes")
+        self.limit_bytes = limit_bytes
+
+
+class MediaTypeUnsupported(ServiceError):
+    """The body is not declared as JSON (415)."""
+
+
+class ContextExceeded(ServiceError):
+    """Prompt and requested tokens do not fit the context (400); all figures are tokens, counted exactly."""
+
+    def __init__(self, prompt_tokens: int, max_tokens: int, context_length: int):
+        super().__init__(
+            f"the prompt has {prompt_tokens} tokens and max_tokens asks for {max_tokens} more, "
+            f"but the context holds {context_length} tokens"
+        )
+        self.prompt_tokens = prompt_tokens
+        self.max_tokens = max_tokens
+        self.context_length = context_length
+
+
+class Unavailable(ServiceError):
+    """The request cannot be served now (503); ``reason`` is a label of the refusals metric.
+
+    ``retry_after_s`` is the predicted wait in seconds.
+    """
+
+    def __init__(self, reason: str, message: str, retry_after_s: float):
+        super().__init__(message)
+        self.reason = reason
+        self.retry_after_s = retry_after_s
+
+
+class EngineFailed(ServiceError):
+    """The engine died or failed while it worked on this request (500)."""
+
+
+class EngineLost(EngineFailed):
+    """The engine's process ended; the request that was running is lost, all others are not."""
