@@ -1,0 +1,62 @@
+# Every command that a person or CI types.
+
+PYTHON ?= python3
+VENV_PYTHON := .venv/bin/python
+TESTS ?= tests/unit tests/service
+
+# HOST=, PORT= and MODEL= are for people; the service reads LLM_* from its environment.
+export LLM_HOST ?= $(HOST)
+export LLM_PORT ?= $(PORT)
+export LLM_MODEL ?= $(MODEL)
+ifeq ($(LLM_HOST),)
+unexport LLM_HOST
+endif
+ifeq ($(LLM_PORT),)
+unexport LLM_PORT
+endif
+ifeq ($(LLM_MODEL),)
+unexport LLM_MODEL
+endif
+
+.PHONY: help serve test unit bench train lint lock clean
+
+help:
+	@echo "make serve   serve a model on 127.0.0.1:8080 (HOST= PORT= MODEL= change that)"
+	@echo "make test    run every test;  make unit  only the fast ones"
+	@echo "make bench   measure, as ratios in one run"
+	@echo "make train   train the starter model again (up to an hour)"
+	@echo "make lint    check style;  make lock  pin requirements again;  make clean  remove .venv and caches"
+
+serve:
+	@$(PYTHON) scripts/setup_venv.py service/requirements.txt
+	@exec $(VENV_PYTHON) -m service serve
+
+test:
+	@$(PYTHON) scripts/setup_venv.py service/requirements.txt tests/requirements.txt
+	@$(VENV_PYTHON) -m ruff check --quiet . && $(VENV_PYTHON) -m pytest $(TESTS)
+
+unit: TESTS := tests/unit
+unit: test
+
+bench:
+	@$(PYTHON) scripts/setup_venv.py service/requirements.txt tests/requirements.txt
+	@$(VENV_PYTHON) -m tests.bench
+
+train:
+	@$(PYTHON) scripts/setup_venv.py service/requirements.txt tests/requirements.txt
+	@$(VENV_PYTHON) -m service.starter.train
+
+lint:
+	@$(PYTHON) scripts/setup_venv.py service/requirements.txt tests/requirements.txt
+	@$(VENV_PYTHON) -m ruff check .
+
+# Needs uv; pins every requirement and all it needs, for every supported Python.
+lock:
+	uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	  --no-annotate --custom-compile-command "make lock" service/requirements.in -o service/requirements.txt
+	uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	  --no-annotate --custom-compile-command "make lock" -c service/requirements.txt \
+	  tests/requirements.in -o tests/requirements.txt
+
+clean:
+	rm -rf .venv .cache .pytest_cache .ruff_cache

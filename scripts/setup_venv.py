@@ -1,0 +1,105 @@
+"""Owns the virtual environment of a checkout: makes it and installs hashed requirement files, or says what is missing.
+
+Used by the Makefile as ``python3 scripts/setup_venv.py service/requirements.txt …``; needs nothing but Python itself, and
+runs (to say so) on Pythons that are too old for the rest.
+"""
+
+import hashlib
+import os
+import platform
+import subprocess
+import sys
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+VENV = os.path.join(ROOT, ".venv")
+OLDEST_PYTHON = (3, 11)
+
+
+def fail(problem, remedy):
+    """Ends with one line that says what is wrong and one that says what to do."""
+    sys.exit("error: %s\n  %s" % (problem, remedy))
+
+
+def check_host():
+    """Refuses hosts on which the engine's package does not exist or no environment can be made."""
+    if sys.version_info < OLDEST_PYTHON:
+        fail(
+            "Python %d.%d is too old, %d.%d or newer is needed" % (sys.version_info[:2] + OLDEST_PYTHON),
+            "install it and name it: make serve PYTHON=python3.13",
+        )
+    if platform.machine() not in ("x86_64", "AMD64") or not sys.platform.startswith("linux"):
+        fail(
+            "gpt4all, the engine, exists for Linux on x86-64 only; this is %s on %s" % (sys.platform, platform.machine()),
+            "run this on such a machine",
+        )
+    libc, version = platform.libc_ver()
+    if libc == "glibc" and tuple(int(part) for part in version.split(".")[:2]) < (2, 34):
+        fail("glibc %s is too old for gpt4all, 2.34 is needed" % version, "use Debian 12, Ubuntu 22.04 or newer")
+    try:
+        import ensurepip  # noqa: F401
+        import venv  # noqa: F401
+    except ImportError:
+        fail(
+            "this Python has no venv module",
+            "on Debian and Ubuntu: sudo apt-get install python3-venv",
+        )
+
+
+def fingerprint(requirement_files):
+    """Digest of all that the environment depends on: a change of any of it installs again."""
+    digest = hashlib.sha256(("%s %s" % (sys.version, sys.executable)).encode())
+    for path in requirement_files:
+        with open(path, "rb") as file:
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
+def run(arguments, remedy):
+    """Runs one command; its failure ends the run with what to do."""
+    try:
+        code = subprocess.call(arguments, cwd=ROOT)
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the next run goes on from here")
+    if code != 0:
+        fail("%s failed with exit code %d (its words are above)" % (os.path.basename(arguments[0]), code), remedy)
+
+
+def remove_cuda_libraries():
+    """Deletes gpt4all's CUDA libraries: 210 of its 218 MB, for graphics cards that such a server does not have."""
+    site = subprocess.check_output(
+        [os.path.join(VENV, "bin", "python"), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    )
+    folder = os.path.join(site.decode().strip(), "gpt4all", "llmodel_DO_NOT_MODIFY", "build")
+    for name in os.listdir(folder) if os.path.isdir(folder) else []:
+        if "cuda" in name:
+            os.unlink(os.path.join(folder, name))
+
+
+def main(requirement_files):
+    stamp = os.path.join(VENV, ".installed-" + "-".join(path.split("/")[-2] for path in requirement_files))
+    check_host()
+    wanted = fingerprint(requirement_files)
+    try:
+        with open(stamp) as file:
+            if file.read() == wanted:
+                return
+    except OSError:
+        pass
+    python = os.path.join(VENV, "bin", "python")
+    print("Setting up .venv (once; about 130 MB to fetch) …", file=sys.stderr)
+    works = os.path.exists(python) and subprocess.call([python, "-c", ""], stderr=subprocess.DEVNULL) == 0
+    clear = [] if works else ["--clear"]
+    run([sys.executable, "-m", "venv"] + clear + [VENV], "check that this folder is writable and the disk not full")
+    options = ["--quiet", "--disable-pip-version-check", "--require-hashes", "--no-deps", "--only-binary", ":all:"]
+    for path in requirement_files:
+        run(
+            [python, "-m", "pip", "install"] + options + ["-r", path],
+            "check the network (a Python package index is needed) and the disk, then run the same again",
+        )
+    remove_cuda_libraries()
+    with open(stamp, "w") as file:
+        file.write(wanted)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

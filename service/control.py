@@ -1,0 +1,97 @@
+"""Owns the control socket: how the drain command reaches a running service, by a unix socket that only its user opens.
+
+One command a connection: a JSON line in, JSON lines out, the last with ``"done": true``.
+"""
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from service.accounts import Log
+from service.errors import ServiceError
+from service.generation import Generator
+
+_LARGEST_COMMAND_BYTES = 4096
+_CANCEL_GRACE_S = 10.0  # for answers that are cut at the limit: one batch of the prefill, one token, one write
+
+
+class ControlFailed(ServiceError):
+    """The running service could not be reached by its control socket."""
+
+
+def drain(generator: Generator, limit_s: float) -> Iterator[dict[str, Any]]:
+    """Stops admission at once, waits for what was accepted, cancels what is left at the limit; yields progress."""
+    generator.scheduler.drain()
+    end_s = time.monotonic() + limit_s
+    while not generator.scheduler.wait_idle(min(1.0, max(0.0, end_s - time.monotonic()))):
+        running, waiting = generator.scheduler.counts()
+        yield {"running": running, "waiting": waiting}
+        if time.monotonic() >= end_s:
+            break
+    running, waiting = generator.scheduler.counts()
+    if running + waiting:
+        generator.cancel_all = True
+        generator.scheduler.wait_idle(_CANCEL_GRACE_S)
+    left = sum(generator.scheduler.counts())
+    yield {"done": True, "cancelled": running + waiting, "left": left}
+
+
+def serve_control(path: Path, generator: Generator, log: Log) -> Callable[[], None]:
+    """Listens in a thread of its own; returns what closes and removes the socket."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX)
+    mask = os.umask(0o177)  # bound with 0600 from the first moment
+    try:
+        listener.bind(str(path))
+    finally:
+        os.umask(mask)
+    listener.listen(4)
+
+    def answer(peer: socket.socket) -> None:
+        with peer, peer.makefile("rwb") as lines:
+            try:
+                command = json.loads(lines.readline(_LARGEST_COMMAND_BYTES))
+                if command.get("command") != "drain":
+                    raise ValueError("unknown command")
+                limit_s = float(command.get("limit_s") or generator.settings.drain_limit_s)
+                log.write("drain", limit_s=limit_s)
+                for progress in drain(generator, limit_s):
+                    lines.write(json.dumps(progress).encode() + b"\n")
+                    lines.flush()
+            except (ValueError, AttributeError, OSError) as error:
+                log.write("control-failed", error=type(error).__name__)
+
+    def listen() -> None:
+        while True:
+            try:
+                peer, _ = listener.accept()
+            except OSError:
+                return  # closed
+            threading.Thread(target=answer, args=(peer,), daemon=True).start()
+
+    threading.Thread(target=listen, name="control", daemon=True).start()
+
+    def close() -> None:
+        listener.close()
+        path.unlink(missing_ok=True)
+
+    return close
+
+
+def ask_to_drain(path: Path, limit_s: float | None) -> Iterator[dict[str, Any]]:
+    """Asks a running service to drain and yields its progress. Raises ControlFailed."""
+    try:
+        with socket.socket(socket.AF_UNIX) as peer:
+            peer.connect(str(path))
+            peer.sendall(json.dumps({"command": "drain", "limit_s": limit_s}).encode() + b"\n")
+            with peer.makefile("rb") as lines:
+                for line in lines:
+                    yield json.loads(line)
+    except (OSError, ValueError) as error:
+        raise ControlFailed(f"no service answers at {path} ({error}); is it running with this socket?") from error

@@ -1,0 +1,113 @@
+"""Owns the way from a conversation to turns: the file's own chat template, run in a sandbox, with the texts kept apart.
+
+The template is rendered once per sequence of roles with a placeholder in the place of each text. What it puts around the
+placeholders are its marks, in which control tokens are meant; a text is put in later and is never parsed for them, so
+no prompt can forge a mark. A file without a template gets the prompt as it is.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from service.engine.interface import Message
+from service.errors import ModelRefused, RequestMalformed
+
+# Private-use characters: no template mentions them, and a text never meets this pattern (it is put in afterwards).
+_OPEN, _CLOSE = "\ue000", "\ue001"
+_PLACEHOLDER = re.compile(f"{_OPEN}([0-9]+){_CLOSE}")
+_MAX_RENDERED_CHARACTERS = 65_536
+
+
+@dataclass(frozen=True)
+class Turn:
+    """``prefix`` (marks) + ``text`` (a person's) + ``suffix`` (marks, only at the conversation's end)."""
+
+    prefix: str
+    text: str
+    suffix: str
+
+
+class _TemplateRefusal(TemplateError):
+    """The template itself said no by ``raise_exception``."""
+
+
+def _raise_exception(message: str) -> None:
+    raise _TemplateRefusal(message)
+
+
+class ChatTemplate:
+    """A model's chat template, ready to render; ``source`` None stands for a model without one."""
+
+    def __init__(self, source: str | None, bos_token: str, eos_token: str, adds_bos: bool):
+        """Raises ModelRefused if the template cannot render a single user message."""
+        self._bos_token, self._eos_token, self._adds_bos = bos_token, eos_token, adds_bos
+        self._template = None
+        if source is None:
+            return
+        # trim_blocks, lstrip_blocks and loop controls are what templates are written for: Hugging Face's
+        # transformers, utils/chat_template_utils.py.
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+        try:
+            self._template = environment.from_string(source)
+            self.turns([Message("user", "probe")])
+        except (TemplateError, RequestMalformed) as error:
+            raise ModelRefused(f"the model's chat template cannot be used: {error}") from error
+
+    def turns(self, messages: Sequence[Message]) -> list[Turn]:
+        """The conversation as turns, in the order of the template.
+
+        Raises RequestMalformed if the template refuses the roles, drops a text, or there is none and the messages are
+        more than one user's prompt.
+        """
+        if self._template is None:
+            if len(messages) != 1 or messages[0].role != "user":
+                raise RequestMalformed(
+                    "this model's file has no chat template: it takes one prompt, and no system message"
+                )
+            return [Turn("", messages[0].content, "")]
+        rendered = self._render([message.role for message in messages], padding="")
+        # A template that trims its texts drops the padding too; then the texts are trimmed here.
+        trims = self._render([message.role for message in messages], padding=" ") == rendered
+        parts = _PLACEHOLDER.split(rendered)
+        marks, places = parts[0::2], [int(index) for index in parts[1::2]]
+        missing = set(range(len(messages))) - set(places)
+        if missing:
+            role = messages[min(missing)].role
+            raise RequestMalformed(f"this model's chat template has no place for a {role} message")
+        texts = [message.content.strip() if trims else message.content for message in messages]
+        turns = [Turn(mark, texts[place], "") for mark, place in zip(marks, places, strict=False)]
+        turns[-1] = Turn(turns[-1].prefix, turns[-1].text, marks[-1])
+        return turns
+
+    def _render(self, roles: list[str], padding: str) -> str:
+        messages = [
+            {"role": role, "content": f"{padding}{_OPEN}{index}{_CLOSE}{padding}"}
+            for index, role in enumerate(roles)
+        ]
+        try:
+            rendered = self._template.render(
+                messages=messages,
+                add_generation_prompt=True,
+                bos_token=self._bos_token,
+                eos_token=self._eos_token,
+                tools=None,
+            )
+        except _TemplateRefusal as error:
+            raise RequestMalformed(f"this model's chat template refuses the conversation: {error}") from error
+        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, OverflowError) as error:
+            raise RequestMalformed(f"this model's chat template failed: {error}") from error
+        if len(rendered) > _MAX_RENDERED_CHARACTERS:
+            raise RequestMalformed("this model's chat template writes too much")
+        if self._adds_bos and self._bos_token:
+            # The engine adds the beginning-of-sequence token itself; a second one harms the answer.
+            while rendered.startswith(self._bos_token):
+                rendered = rendered[len(self._bos_token) :]
+        return rendered

@@ -1,0 +1,109 @@
+"""Owns what this host lets an engine have: threads (affinity, CPU quota) and memory (free, cgroup limit)."""
+
+import os
+from pathlib import Path
+
+
+def _read_words(path: Path) -> list[str]:
+    try:
+        return path.read_text().split()
+    except OSError:
+        return []
+
+
+def _ancestors(mount: Path, group: str) -> list[Path]:
+    """The group's folder and those above it up to the mount: a quota of any of them holds.
+
+    Inside a container the path that /proc names lies outside the mount; the mount itself is the group then.
+    """
+    relative = Path(group.lstrip("/"))
+    folders = [mount / relative, *(mount / parent for parent in relative.parents)]
+    return [folder for folder in dict.fromkeys(folders) if folder.is_dir()] or [mount]
+
+
+def cgroup_cpu_quota(
+    proc_cgroup: Path = Path("/proc/self/cgroup"), cgroup_root: Path = Path("/sys/fs/cgroup")
+) -> float | None:
+    """CPUs that the tightest cgroup quota allows (v1 and v2, ancestors included), or None without a quota.
+
+    Source of the formats: the kernel's Documentation/admin-guide/cgroup-v2.rst (``cpu.max``) and
+    Documentation/scheduler/sched-bwc.rst (``cpu.cfs_quota_us``, ``cpu.cfs_period_us``).
+    """
+    quotas = []
+    try:
+        lines = proc_cgroup.read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        hierarchy, _, rest = line.partition(":")
+        controllers, _, group = rest.partition(":")
+        if hierarchy == "0" and not controllers:
+            for mount in (cgroup_root, cgroup_root / "unified"):
+                for folder in _ancestors(mount, group):
+                    words = _read_words(folder / "cpu.max")
+                    if len(words) == 2 and words[0] != "max":
+                        quotas.append(int(words[0]) / int(words[1]))
+        elif "cpu" in controllers.split(","):
+            for mount in (cgroup_root / "cpu", cgroup_root / controllers):
+                for folder in _ancestors(mount, group):
+                    quota = _read_words(folder / "cpu.cfs_quota_us")
+                    period = _read_words(folder / "cpu.cfs_period_us")
+                    if quota and period and int(quota[0]) > 0 and int(period[0]) > 0:
+                        quotas.append(int(quota[0]) / int(period[0]))
+    return min(quotas) if quotas else None
+
+
+def usable_threads(affinity: int, quota: float | None) -> int:
+    """Threads for the engine, at least 1: the affinity mask, cut by a quota rounded down.
+
+    Rounded down because threads beyond the quota are throttled together with all others, in the middle of a token.
+    """
+    if quota is None:
+        return max(1, affinity)
+    return max(1, min(affinity, int(quota)))
+
+
+def threads_here() -> int:
+    """``usable_threads`` for this process as it runs now."""
+    return usable_threads(len(os.sched_getaffinity(0)), cgroup_cpu_quota())
+
+
+def cgroup_memory_available_bytes(
+    proc_cgroup: Path = Path("/proc/self/cgroup"), cgroup_root: Path = Path("/sys/fs/cgroup")
+) -> int | None:
+    """Bytes that the tightest memory limit (v1 and v2, ancestors included) leaves, or None without a limit.
+
+    Page cache that the group holds can be given back, so it does not count as used.
+    """
+    left = []
+    try:
+        lines = proc_cgroup.read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        hierarchy, _, rest = line.partition(":")
+        controllers, _, group = rest.partition(":")
+        if hierarchy == "0" and not controllers:
+            mounts, names = (cgroup_root, cgroup_root / "unified"), ("memory.max", "memory.current")
+        elif "memory" in controllers.split(","):
+            mounts, names = (cgroup_root / "memory",), ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        for mount in mounts:
+            for folder in _ancestors(mount, group):
+                limit, used = (_read_words(folder / name) for name in names)
+                # v1 writes "no limit" as a number just below 2**63
+                if limit and used and limit[0] != "max" and int(limit[0]) < 1 << 60:
+                    stat = _read_words(folder / "memory.stat")
+                    files = dict(zip(stat[::2], stat[1::2], strict=False))
+                    cache = int(files.get("total_inactive_file", files.get("inactive_file", 0)))
+                    left.append(max(0, int(limit[0]) - int(used[0]) + cache))
+    return min(left) if left else None
+
+
+def memory_available_bytes() -> int:
+    """Bytes that a new process may take here: the machine's MemAvailable, cut by the cgroup's limit."""
+    words = _read_words(Path("/proc/meminfo"))
+    machine = int(words[words.index("MemAvailable:") + 1]) * 1024
+    group = cgroup_memory_available_bytes()
+    return machine if group is None else min(machine, group)

@@ -1,0 +1,284 @@
+"""Owns one generation from admission to its last word: queue, engine, stop strings, client that leaves, accounts.
+
+Framework-free: the resources translate what comes out of here into HTTP.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from service.engine.interface import Completion, GenerationRequest, Piece
+from service.engine.process import EngineProcess, Stream
+from service.errors import ContextExceeded, EngineLost, ServiceError, Unavailable
+from service.metrics import Metrics
+from service.scheduler import Scheduler, Ticket, Work
+from service.schema import GenerateRequest
+from service.settings import Settings
+from service.stops import StopFilter
+
+_TICK_S = 0.1  # how often a waiting request looks after its client, its deadline and its limits
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Nothing happened for a tick: the time for a comment line that keeps proxies patient."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A piece of the answer that may be sent."""
+
+    text: str
+
+
+@dataclass
+class Account:
+    """What one generation came to; the answer's usage and timings, and the log line, are read from it."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    finish_reason: str | None = None
+    cancelled_by: str | None = None
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    first_text_s: float | None = None
+    started_s: float = field(default_factory=time.monotonic)
+
+    def timings(self) -> dict[str, float]:
+        """Milliseconds and rates, as the answer shows them."""
+        rate = self.completion_tokens / self.decode_s if self.decode_s > 0 else 0.0
+        return {
+            "queue_ms": round(self.queue_s * 1000, 1),
+            "prefill_ms": round(self.prefill_s * 1000, 1),
+            "decode_ms": round(self.decode_s * 1000, 1),
+            "total_ms": round((time.monotonic() - self.started_s) * 1000, 1),
+            "tokens_per_second": round(rate, 2),
+        }
+
+    def usage(self) -> dict[str, int]:
+        """Token counts, as the answer shows them."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+        }
+
+
+class Generator:
+    """Begins generations; one for the whole service."""
+
+    def __init__(self, engine: EngineProcess, scheduler: Scheduler, metrics: Metrics, settings: Settings):
+        self.engine, self.scheduler, self.metrics, self.settings = engine, scheduler, metrics, settings
+        self.cancel_all = False  # set when the drain's limit is over
+
+    def begin(self, request: GenerateRequest, deadline_s: float | None, gone: Callable[[], bool]) -> "Generation":
+        """Admits a request, counts its prompt and holds its place; nothing is evaluated yet.
+
+        ``gone`` tells whether the client has left. Raises Unavailable, ContextExceeded, RequestMalformed, EngineFailed.
+        """
+        try:
+            ticket = self._admit()
+            try:
+                prompt_tokens = self._count(request)
+                max_tokens = self._fit(request, prompt_tokens)
+                ticket.declare(Work(prompt_tokens, max_tokens), deadline_s)
+            except BaseException:
+                ticket.release()
+                raise
+        except Unavailable as error:
+            self.metrics.refusals.labels(error.reason).inc()
+            raise
+        self.metrics.prompt_tokens.inc(prompt_tokens)
+        account = Account(prompt_tokens=prompt_tokens)
+        return Generation(self, ticket, request, max_tokens, deadline_s, gone, account)
+
+    def unready_reason(self) -> str | None:
+        """Why no request is taken now, or None if the service is ready."""
+        if self.scheduler.draining:
+            return "the service is draining"
+        state = self.engine.state
+        return None if state.phase == "ready" else state.reason
+
+    def _admit(self) -> Ticket:
+        state = self.engine.state
+        if state.phase != "ready" and not self.scheduler.draining and self.engine.describe() is None:
+            raise Unavailable("loading", state.reason, 2.0)
+        if state.phase in ("failed", "stopped"):
+            raise Unavailable("engine_failed", state.reason, 60.0)
+        return self.scheduler.admit()
+
+    def _count(self, request: GenerateRequest) -> int:
+        """Counts, through a restart of the engine if there is one: another request's crash is not this one's."""
+        limit_s = time.monotonic() + self.settings.queue_wait_s
+        for last_try in (False, True):
+            if not self.engine.wait_ready(max(0.0, limit_s - time.monotonic())):
+                raise Unavailable("loading", self.engine.state.reason, 5.0)
+            try:
+                return self.engine.count_tokens(request.messages)
+            except EngineLost:
+                if last_try:
+                    raise
+        raise AssertionError("unreachable")
+
+    def _fit(self, request: GenerateRequest, prompt_tokens: int) -> int:
+        description = self.engine.describe()
+        assert description is not None
+        room = description.context_length - prompt_tokens
+        if request.max_tokens is not None:
+            if request.max_tokens > room:
+                raise ContextExceeded(prompt_tokens, request.max_tokens, description.context_length)
+            return request.max_tokens
+        if room < 1:
+            raise ContextExceeded(prompt_tokens, 1, description.context_length)
+        return min(self.settings.default_max_tokens, room)
+
+
+class Generation:
+    """One generation, pulled step by step; ``close`` must be called however it ends."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        ticket: Ticket,
+        request: GenerateRequest,
+        max_tokens: int,
+        deadline_s: float | None,
+        gone: Callable[[], bool],
+        account: Account,
+    ):
+        self._generator, self._ticket, self._request = generator, ticket, request
+        self._max_tokens, self._deadline_s, self._gone = max_tokens, deadline_s, gone
+        self._stop = StopFilter(request.stop)
+        self._stream: Stream | None = None
+        self._ended = False
+        self._closed = False
+        self.account = account
+
+    @property
+    def ended(self) -> bool:
+        return self._ended
+
+    def step(self) -> Waiting | Text | None:
+        """The next thing that happened, within about 0.1 s; None once the generation has ended.
+
+        Raises Unavailable when the turn did not come in time, EngineLost or EngineFailed when the engine gave up.
+        """
+        if self._ended:
+            return None
+        if self._stream is None:
+            return self._wait_for_stream()
+        event = self._stream.next(_TICK_S)
+        if isinstance(event, Completion):
+            return self._finish(event)
+        if isinstance(event, Piece):
+            self.account.completion_tokens = event.completion_tokens
+            text = self._stop.feed(event.text)
+            if self._stop.stopped:
+                self._stream.cancel()
+            if text and self.account.first_text_s is None:
+                self.account.first_text_s = time.monotonic() - self.account.started_s
+            self._look_after_client()
+            return Text(text) if text else Waiting()
+        self._look_after_client()
+        return Waiting()
+
+    def close(self) -> None:
+        """Stops what still runs, gives the slot back once the engine has let go of it, and settles the accounts."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            if self._stream is not None and not self._ended:
+                self.account.cancelled_by = self.account.cancelled_by or "client"
+                self._stream.cancel()
+                self._drain_stream(self._stream)
+        finally:
+            self._ticket.release()
+            self._settle()
+
+    def _drain_stream(self, stream: Stream) -> None:
+        """Waits for the engine to confirm a cancel: the slot is free only then."""
+        try:
+            while not self._ended:
+                event = stream.next(_TICK_S)
+                if isinstance(event, Completion):
+                    self._finish(event)
+        except ServiceError:
+            self._ended = True  # the engine is gone, and its slot with it
+
+    def _wait_for_stream(self) -> Waiting | None:
+        settings = self._generator.settings
+        if not self._ticket.wait_turn(_TICK_S) or not self._generator.engine.wait_ready(_TICK_S):
+            waited_s = self._generator.scheduler.clock() - self._ticket.admitted_s
+            if waited_s > settings.queue_wait_s:
+                self._ended = True
+                self._generator.metrics.refusals.labels("queue_timeout").inc()
+                raise Unavailable(
+                    "queue_timeout",
+                    f"no turn within {settings.queue_wait_s:g} s",
+                    max(1.0, self._generator.scheduler.predicted_wait_s()),
+                )
+            state = self._generator.engine.state
+            if state.phase in ("failed", "stopped"):
+                self._ended = True
+                raise Unavailable("engine_failed", state.reason, 60.0)
+            self._look_after_client()
+            if self.account.cancelled_by:
+                self._ended = True
+                self.account.finish_reason = "cancelled"
+                return None
+            return Waiting()
+        self.account.queue_s = time.monotonic() - self.account.started_s
+        request = GenerationRequest(self._request.messages, self._max_tokens, self._request.sampling)
+        try:
+            self._stream = self._generator.engine.generate(request)
+        except EngineLost:
+            pass  # it went in this very moment, and this request has not begun: its turn stays
+        return Waiting()
+
+    def _look_after_client(self) -> None:
+        """Cancels when nobody waits for the answer any more, or the deadline or the drain's limit is over."""
+        if self.account.cancelled_by or self._stop.stopped:
+            return
+        late = (
+            self._deadline_s is not None
+            and self._generator.scheduler.clock() - self._ticket.admitted_s > self._deadline_s
+        )
+        if self._gone():
+            self.account.cancelled_by = "client"
+        elif late:
+            self.account.cancelled_by = "deadline"
+        elif self._generator.cancel_all:
+            self.account.cancelled_by = "drain"
+        if self.account.cancelled_by and self._stream is not None:
+            self._stream.cancel()
+
+    def _finish(self, completion: Completion) -> Text | None:
+        self._ended = True
+        account = self.account
+        account.completion_tokens = completion.completion_tokens
+        account.prefill_s, account.decode_s = completion.prefill_s, completion.decode_s
+        account.finish_reason = "stop" if self._stop.stopped else completion.finish_reason
+        self._generator.scheduler.speed.learn(
+            completion.prefill_tokens,
+            completion.prefill_s,
+            completion.completion_tokens,
+            completion.decode_s,
+            self._max_tokens,
+        )
+        rest = self._stop.flush() if completion.finish_reason != "cancelled" else ""
+        return Text(rest) if rest else None
+
+    def _settle(self) -> None:
+        metrics, account = self._generator.metrics, self.account
+        metrics.tokens_generated.inc(account.completion_tokens)
+        metrics.queue_wait.observe(account.queue_s)
+        if account.cancelled_by:
+            metrics.cancelled.labels(account.cancelled_by).inc()
+        if account.first_text_s is not None:
+            metrics.time_to_first_token.observe(account.first_text_s)
+        if account.prefill_s or account.decode_s:
+            metrics.inference_duration.observe(account.prefill_s + account.decode_s)
+        if account.completion_tokens:
+            metrics.time_per_output_token.observe(account.decode_s / account.completion_tokens)

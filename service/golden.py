@@ -1,0 +1,84 @@
+"""Owns golden answers: a short prompt and the exact text that a healthy model gives to it at temperature 0.
+
+An answer is recorded once, in a step of its own (``python -m service record``), and checked at each start of the engine;
+the start that checks never records. The starter's stands beside it in the tree; all others in the state folder, one
+file a model, named by its SHA-256, so that another model cannot pass by this one's answer.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from service.engine.interface import Engine, GenerationRequest, Message, Piece, Sampling
+from service.errors import ModelRefused
+
+STARTER_RECORD = Path(__file__).parent / "starter" / "starter.json"
+RECORDING_PROMPT = "Name three colours."
+RECORDING_MAX_TOKENS = 16  # 6 s of an 8B model on two cores; enough that damage shows
+
+
+@dataclass(frozen=True)
+class Golden:
+    """``response`` is what the model must say to ``prompt`` within ``max_tokens``."""
+
+    prompt: str
+    max_tokens: int
+    response: str
+
+
+def golden_path(state_dir: Path, sha256: str) -> Path:
+    """Where the answer of the model with this digest is kept."""
+    return state_dir / "golden" / f"{sha256}.json"
+
+
+def find_golden(state_dir: Path, sha256: str) -> Golden | None:
+    """The recorded answer, or None if there is none yet. Raises ModelRefused if the record cannot be read."""
+    starter = json.loads(STARTER_RECORD.read_text()) if STARTER_RECORD.exists() else {}
+    path = golden_path(state_dir, sha256)
+    try:
+        record = starter["golden"] if starter.get("sha256") == sha256 else json.loads(path.read_text())
+        return Golden(str(record["prompt"]), int(record["max_tokens"]), str(record["response"]))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelRefused(f"the golden answer in {path} cannot be read ({error}); record it again") from error
+
+
+def save_golden(state_dir: Path, sha256: str, golden: Golden) -> Path:
+    """Writes a record whole or not at all, and returns its path."""
+    path = golden_path(state_dir, sha256)
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(asdict(golden), indent=1) + "\n")
+    temporary.replace(path)
+    return path
+
+
+def ask(engine: Engine, prompt: str, max_tokens: int) -> str:
+    """What the engine answers at temperature 0."""
+    pieces: list[str] = []
+
+    def keep(piece: Piece) -> None:
+        pieces.append(piece.text)
+
+    request = GenerationRequest((Message("user", prompt),), max_tokens, Sampling(temperature=0.0))
+    engine.generate(request, keep, lambda tokens: None, lambda: False)
+    return "".join(pieces)
+
+
+def check(engine: Engine, golden: Golden) -> None:
+    """Raises ModelRefused if the engine's answer is not the recorded one, letter by letter."""
+    answer = ask(engine, golden.prompt, golden.max_tokens)
+    if answer != golden.response:
+        raise ModelRefused(
+            f"the model's golden answer is wrong: recorded {golden.response[:60]!r}, now {answer[:60]!r}"
+        )
+
+
+def record(engine: Engine) -> Golden:
+    """Asks twice and returns the answer. Raises ModelRefused if the model contradicts itself at temperature 0."""
+    answer = ask(engine, RECORDING_PROMPT, RECORDING_MAX_TOKENS)
+    golden = Golden(RECORDING_PROMPT, RECORDING_MAX_TOKENS, answer)
+    check(engine, golden)
+    return golden

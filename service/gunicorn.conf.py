@@ -1,0 +1,50 @@
+"""Owns how gunicorn runs the service: one worker process, many threads, and the hooks that start and stop the engine."""
+
+from service.settings import read_settings
+from service.web_worker import WebWorker
+
+_settings = read_settings()
+
+wsgi_app = "service.wsgi:application"
+bind = f"[{_settings.host}]:{_settings.port}" if ":" in _settings.host else f"{_settings.host}:{_settings.port}"
+worker_class = WebWorker
+WebWorker.header_timeout_s = _settings.header_timeout_s
+WebWorker.body_timeout_s = _settings.body_timeout_s
+WebWorker.body_limit_bytes = _settings.body_limit_bytes
+
+# One process: the queue, the limits and the engine's slots are counted in one place.
+workers = 1
+threads = _settings.threads_of_server
+worker_connections = 1000
+backlog = 512
+# Longer than the pause between two requests of a client that keeps its connection, shorter than proxies keep theirs.
+keepalive = 15
+# The worker's main loop only polls; if it gives no sign of life it hangs.
+timeout = 60
+# Answers on a CPU take long: at SIGTERM they may finish. A little beyond the drain's limit, at which they are cancelled.
+graceful_timeout = int(_settings.drain_limit_s) + 15
+# gunicorn's own control socket would go to the home directory, which a hardened unit does not have.
+control_socket_disable = True
+# Requests are logged by the application, one JSON line each.
+accesslog = None
+errorlog = "-"
+loglevel = "warning"
+proc_name = "mini-llm"
+# No proxy is trusted until one is named.
+forwarded_allow_ips = ""
+limit_request_line = 4094
+limit_request_fields = 64
+limit_request_field_size = 8190
+
+
+def post_worker_init(worker):
+    from service.wsgi import runtime
+
+    worker.on_stopping = runtime.stop_gently
+    runtime.start()
+
+
+def worker_exit(server, worker):
+    from service.wsgi import runtime
+
+    runtime.stop()

@@ -1,0 +1,1 @@
+"""The resources: each translates HTTP for one path and delegates."""

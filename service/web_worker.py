@@ -1,0 +1,184 @@
+"""Owns what gunicorn's threaded worker lacks: deadlines for slow clients, errors as problem documents, gentle endings.
+
+- A connection that has sent nothing yet waits in the poller and holds no thread.
+- Headers and body must be there within ``header_timeout_s`` and ``body_timeout_s``: a watchdog then shuts the socket's
+  receiving half, which wakes the thread that reads it. The body is read before the application starts, and with
+  it ends the deadline; a client that leaves later is the application's to notice.
+- An application's ``Connection: close`` is honoured (WSGI has no other way to say it).
+"""
+
+import json
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from functools import partial
+from io import BytesIO
+from selectors import EVENT_READ
+from typing import Any
+
+from gunicorn import util
+from gunicorn.http import errors as http_errors
+from gunicorn.workers.gthread import TConn, ThreadWorker
+
+from service import problems
+
+_WATCH_EVERY_S = 0.25
+
+
+class _Deadlines:
+    """Sockets whose request is still arriving, each with the time by which it must have arrived."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._ends_s: dict[socket.socket, float] = {}
+        self._expired: set[socket.socket] = set()
+
+    def start(self, client: socket.socket, seconds: float) -> None:
+        with self._lock:
+            self._ends_s[client] = time.monotonic() + seconds
+
+    def extend(self, client: socket.socket, seconds: float) -> None:
+        """Grants more time, counted from the request's beginning like the first grant."""
+        with self._lock:
+            if client in self._ends_s:
+                self._ends_s[client] += seconds
+
+    def end(self, client: socket.socket) -> bool:
+        """Stops the clock and tells whether it had run out."""
+        with self._lock:
+            self._ends_s.pop(client, None)
+            expired = client in self._expired
+            self._expired.discard(client)
+            return expired
+
+    def watch(self) -> None:
+        """Runs for ever in a thread of its own."""
+        while True:
+            time.sleep(_WATCH_EVERY_S)
+            now_s = time.monotonic()
+            with self._lock:
+                late = [client for client, end_s in self._ends_s.items() if end_s < now_s]
+                for client in late:
+                    del self._ends_s[client]
+                    self._expired.add(client)
+                    try:
+                        client.shutdown(socket.SHUT_RD)
+                    except OSError:
+                        pass  # it has gone by itself
+
+
+class WebWorker(ThreadWorker):
+    """gunicorn's gthread worker with the additions above; its class attributes are set by ``gunicorn.conf.py``."""
+
+    header_timeout_s = 5.0
+    body_timeout_s = 20.0
+    body_limit_bytes = 1_048_576
+    on_stopping: Callable[[], None] = staticmethod(lambda: None)
+
+    def init_process(self) -> None:
+        self._deadlines = _Deadlines()
+        self._current = threading.local()
+        threading.Thread(target=self._deadlines.watch, name="slow-clients", daemon=True).start()
+        super().init_process()
+
+    def load_wsgi(self) -> None:
+        super().load_wsgi()
+        self.wsgi = partial(self._read_body_first, self.wsgi)
+
+    def accept(self, listener: socket.socket) -> None:
+        """As in ThreadWorker, but a new connection gets a thread only once it has sent something."""
+        try:
+            client, address = listener.accept()
+        except OSError:
+            return  # gone again, or taken by nobody: there is nothing to serve
+        self.nr_conns += 1
+        conn = TConn(self.cfg, client, address, listener.getsockname())
+        conn.timeout = time.monotonic() + self.header_timeout_s
+        self.pending_conns.append(conn)
+        self.poller.register(client, EVENT_READ, partial(self.on_pending_socket_readable, conn))
+
+    def handle(self, conn: TConn) -> Any:
+        self._deadlines.start(conn.sock, self.header_timeout_s)
+        try:
+            return super().handle(conn)
+        finally:
+            self._deadlines.end(conn.sock)
+
+    def handle_request(self, req: Any, conn: TConn) -> Any:
+        self._current.request = req
+        self._deadlines.extend(conn.sock, self.body_timeout_s - self.header_timeout_s)
+        return super().handle_request(req, conn)
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        self.on_stopping()
+        super().handle_exit(sig, frame)
+
+    def handle_error(self, req: Any, client: socket.socket, addr: Any, exc: BaseException) -> None:
+        """Answers a request that never became one for the application, as a problem document."""
+        request_id = uuid.uuid4().hex
+        if isinstance(exc, http_errors.ParseException) and not isinstance(
+            exc, http_errors.InvalidResponseHeader | http_errors.InvalidResponseHeaderName
+        ):
+            status = {
+                http_errors.LimitRequestLine: 414,
+                http_errors.LimitRequestHeaders: 431,
+                http_errors.UnsupportedTransferCoding: 501,
+                http_errors.ExpectationFailed: 417,
+                http_errors.ForbiddenProxyRequest: 403,
+            }.get(type(exc), 400)
+            problem = problems.describe_status(status, "the request is not valid HTTP")
+        else:
+            problem = problems.describe_error(Exception())
+        # The type alone: the text may quote what the client sent.
+        failure = {"event": "bad-request" if problem.status < 500 else "failure", "id": request_id}
+        self.log.warning("%s", json.dumps({**failure, "status": problem.status, "error": type(exc).__name__}))
+        try:
+            util.write_nonblock(client, _render(problem, request_id))
+        except OSError:
+            pass  # the client did not wait for the answer
+
+    def _read_body_first(
+        self, application: Callable[..., Iterable[bytes]], environ: dict[str, Any], start_response: Callable[..., Any]
+    ) -> Iterable[bytes]:
+        request, client = self._current.request, environ["gunicorn.socket"]
+        expired = False
+        try:
+            body = environ["wsgi.input"].read(self.body_limit_bytes + 1)
+        except http_errors.NoMoreData:
+            # Either the deadline shut the socket, or the client did: only the first gets an answer.
+            if not self._deadlines.end(client):
+                raise
+            expired, body = True, b""
+        expired = self._deadlines.end(client) or expired
+        length = environ.get("CONTENT_LENGTH")
+        if length is not None and len(body) < min(int(length), self.body_limit_bytes + 1):
+            expired = True  # gunicorn's body reader takes the end of the stream for the end of the body
+        if expired:
+            request.must_close = True
+            problem = problems.describe_status(408, f"the request did not arrive within {self.body_timeout_s:g} s")
+            document = problem.body(uuid.uuid4().hex)
+            headers = [("Content-Type", problems.MEDIA_TYPE), ("Content-Length", str(len(document)))]
+            start_response("408 Request Timeout", headers)
+            return [document]
+        if len(body) > self.body_limit_bytes:
+            request.must_close = True
+        environ["wsgi.input"] = BytesIO(body)
+        environ["CONTENT_LENGTH"] = str(len(body))
+
+        def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
+            if any(name.lower() == "connection" and value.lower() == "close" for name, value in headers):
+                request.must_close = True
+            return start_response(status, headers, exc_info)
+
+        return application(environ, start)
+
+
+def _render(problem: problems.Problem, request_id: str) -> bytes:
+    document = problem.body(request_id)
+    head = (
+        f"HTTP/1.1 {problem.status} {json.loads(document)['title']}\r\nConnection: close\r\n"
+        f"Content-Type: {problems.MEDIA_TYPE}\r\nContent-Length: {len(document)}\r\n\r\n"
+    )
+    return head.encode() + document
