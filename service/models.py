@@ -31,8 +31,8 @@ READ_TIMEOUT_S = 30.0
 MAX_BARREN_TRIES = 6  # in a row; each that brings a thousandth of the file starts the count again
 MAX_PAUSE_S = 30.0
 PROGRESS_INTERVAL_S = 5.0
-# A change within the clock's granularity of the hashing leaves the same timestamps; 2 s is the coarsest of them
-# (FAT). Git calls this problem "racily clean" (Documentation/technical/racy-git).
+# A change within the clock's granularity of the hashing leaves the same timestamps; 2 s is the coarsest of
+# them (FAT). Git calls this problem "racily clean" (Documentation/technical/racy-git).
 RACY_NS = 2_000_000_000
 
 
@@ -56,7 +56,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class ModelFile:
-    """Where a model file is, or will be once fetched; ``sha256`` is what it must be, if that is known already."""
+    """Where a model file is, or will be once fetched; ``sha256`` is what it must be, if that is known."""
 
     path: Path
     sha256: str | None
@@ -65,7 +65,7 @@ class ModelFile:
 
 @dataclass(frozen=True)
 class Verified:
-    """An open model file whose content has the SHA-256 ``sha256``; ``hashed`` is False if a stamp spared it."""
+    """An open model file with the digest of its content; ``hashed`` is False if a stamp spared that."""
 
     file: BinaryIO
     sha256: str
@@ -263,7 +263,7 @@ class _Part:
             os.fsync(file.fileno())
 
 
-class _Cut(Exception):
+class _CutError(Exception):
     """One try ended early for a reason that may pass; ``wait_s`` is what the server asked for."""
 
     def __init__(self, why: str, wait_s: float = 0.0):
@@ -279,7 +279,7 @@ def _fill(entry: Entry, part: _Part, show: TextIO, pause: Callable[[float], None
             before = part.size_bytes()
             try:
                 _receive(entry, part, progress)
-            except _Cut as cut:
+            except _CutError as cut:
                 gained = part.size_bytes() - before
                 barren = 0 if gained * 1000 >= entry.size_bytes else barren + 1
                 if barren >= MAX_BARREN_TRIES:
@@ -293,7 +293,7 @@ def _fill(entry: Entry, part: _Part, show: TextIO, pause: Callable[[float], None
 
 
 def _receive(entry: Entry, part: _Part, progress: "_Progress") -> None:
-    """Make one request and append what it brings; raises _Cut if it ended early."""
+    """Make one request and append what it brings; raises _CutError if it ended early."""
     # Imported here because only a fetch needs it, and the web server's process never fetches.
     import requests
     import urllib3
@@ -318,9 +318,9 @@ def _receive(entry: Entry, part: _Part, progress: "_Progress") -> None:
                     _append(file, chunk, entry, part)
                     progress.at(start)
     except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-        raise _Cut(f"the connection failed ({type(error).__name__})") from error
+        raise _CutError(f"the connection failed ({type(error).__name__})") from error
     if start < entry.size_bytes:
-        raise _Cut("the connection ended early")
+        raise _CutError("the connection ended early")
 
 
 def _begin_answer(entry: Entry, part: _Part, response: Any, start: int) -> int:
@@ -335,7 +335,7 @@ def _begin_answer(entry: Entry, part: _Part, response: Any, start: int) -> int:
         ):
             return start
         part.delete()
-        raise _Cut("the server answered with another range than asked for")
+        raise _CutError("the server answered with another range than asked for")
     if response.status_code == 200:
         # The first try, a server that knows no ranges, or content that is not what the part was begun with.
         length = response.headers.get("Content-Length")
@@ -347,10 +347,12 @@ def _begin_answer(entry: Entry, part: _Part, response: Any, start: int) -> int:
         return 0
     if response.status_code == 416:
         part.delete()
-        raise _Cut("the server does not have the range asked for")
+        raise _CutError("the server does not have the range asked for")
     if response.status_code in (408, 429) or response.status_code >= 500:
         asked = response.headers.get("Retry-After", "")
-        raise _Cut(f"the server answered {response.status_code}", float(asked) if asked.isdecimal() else 0.0)
+        raise _CutError(
+            f"the server answered {response.status_code}", float(asked) if asked.isdecimal() else 0.0
+        )
     raise FetchFailed(f"{entry.name} could not be fetched: the server answered {response.status_code}")
 
 

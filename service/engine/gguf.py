@@ -53,6 +53,7 @@ SCALARS = {
 U32, U64 = SCALARS[UINT32], SCALARS[UINT64]
 
 TOKEN_NORMAL, TOKEN_UNKNOWN, TOKEN_CONTROL, TOKEN_USER_DEFINED, TOKEN_UNUSED, TOKEN_BYTE = range(1, 7)
+TOKEN_TYPES = frozenset(range(1, 7))
 
 
 class TensorType(NamedTuple):
@@ -216,7 +217,10 @@ def _refuse(why: str) -> NoReturn:
 def _quote(text: bytes | str) -> str:
     """Return text out of the file fit for one line of a message: escaped and cut at 60 characters."""
     if isinstance(text, bytes):
-        text = text.decode("utf-8", "backslashreplace")
+        try:
+            text = text.decode("utf-8")
+        except UnicodeDecodeError:
+            return repr(text[:60])
     return repr(text if len(text) <= 60 else text[:60] + "...")
 
 
@@ -420,7 +424,8 @@ def _check_tensor_places(
             _refuse(f"tensor {_quote(tensor.name)} begins at {tensor.offset}, not a multiple of {alignment}")
         end = data_start + tensor.offset + tensor.size_bytes
         if end > size_bytes:
-            _refuse(f"it is cut short: tensor {_quote(tensor.name)} would end at byte {end} of {size_bytes}")
+            what = f"tensor {_quote(tensor.name)}"
+            _refuse(f"it is cut short or damaged: {what} would end at byte {end} of {size_bytes}")
     for one, two in pairwise(sorted(tensors.values(), key=lambda tensor: tensor.offset)):
         if one.offset + one.size_bytes > two.offset:
             _refuse(f"tensors {_quote(one.name)} and {_quote(two.name)} overlap")
@@ -658,6 +663,11 @@ def _read_vocabulary(metadata: dict[str, _Value]) -> _Vocabulary:
     if scores is not None and any(score != score for score in scores):
         _refuse("tokenizer.ggml.scores holds something that is not a number")
     types = types if types is not None else (TOKEN_NORMAL,) * len(tokens)
+    # gpt4all ends the process when a token without a text of its own is generated: one of an unknown type, or a
+    # byte token where bytes are spelled as characters. Unused ones have none either, but models never choose them.
+    strange = set(types) - (TOKEN_TYPES - {TOKEN_BYTE} if model == "gpt2" else TOKEN_TYPES)
+    if strange:
+        _refuse(f"its vocabulary has tokens of type {min(strange)}, which a {model} vocabulary cannot have")
     for text in _byte_tokens(model):
         if text not in known and not (model == "llama" and bytes([int(text[3:5], 16)]) in known):
             _refuse(f"its vocabulary lacks the byte token {_quote(text)}: some text could not be represented")
