@@ -168,7 +168,11 @@ class Generation:
             return None
         if self._stream is None:
             return self._wait_for_stream()
-        event = self._stream.next(_TICK_S)
+        try:
+            event = self._stream.next(_TICK_S)
+        except ServiceError:
+            self._ended = True  # no completion will come any more
+            raise
         if isinstance(event, Completion):
             return self._finish(event)
         if isinstance(event, Piece):

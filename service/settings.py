@@ -43,6 +43,7 @@ class Settings:
     header_timeout_s: float = 5.0
     body_timeout_s: float = 20.0
     drain_limit_s: float = 300.0
+    stall_timeout_s: float = 60.0
     price_eur_per_hour: float = 0.0
     cache_dir: Path = Path()
     state_dir: Path = Path()
@@ -138,6 +139,7 @@ SETTINGS: dict[str, Setting] = {
     "header_timeout_s": Setting(_parse_number(0.1, 600), "time a client has for its request's headers"),
     "body_timeout_s": Setting(_parse_number(0.1, 600), "time a client has for headers and body together"),
     "drain_limit_s": Setting(_parse_number(0, 3600), "time that accepted requests have when draining"),
+    "stall_timeout_s": Setting(_parse_number(0.5, 3600), "longest silence of a working engine before it is replaced"),
     "price_eur_per_hour": Setting(_parse_number(0, 10000), "price of this machine, for the cost metric"),
     "cache_dir": Setting(_parse_path, "where fetched models are kept"),
     "state_dir": Setting(_parse_path, "where golden answers and verification stamps are kept"),

@@ -31,7 +31,8 @@ class Runtime:
                 threads=settings.threads,
                 state_dir=str(settings.state_dir),
                 adapter=settings.engine_adapter,
-            )
+            ),
+            stall_timeout_s=settings.stall_timeout_s,
         )
         self.scheduler = Scheduler(settings.queue_size)
         self.metrics = Metrics(self.engine, self.scheduler, settings.price_eur_per_hour)

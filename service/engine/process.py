@@ -145,6 +145,7 @@ class EngineProcess:
         child = self._child
         if child is not None and child.poll() is None:
             child.kill()
+            self._note_end(self._connection)
 
     @property
     def state(self) -> EngineState:
@@ -235,7 +236,15 @@ class EngineProcess:
             with self._send_lock:
                 connection.send_bytes(json.dumps(message).encode())
         except OSError as error:
+            self._note_end(connection)
             raise EngineLost("the engine's process has ended") from error
+
+    def _note_end(self, connection: Connection | None) -> None:
+        """Whoever sees the end first says so: until the supervisor has seen it too, nobody may think it is ready."""
+        with self._changed:
+            if connection is self._connection and self._state.phase == "ready":
+                self._state = EngineState("restarting", "the engine's process has ended")
+                self._changed.notify_all()
 
     def _set_state(self, phase: Phase, reason: str) -> None:
         with self._changed:
@@ -301,6 +310,7 @@ class EngineProcess:
                     case "ready":
                         watchdog.cancel()
                         was_ready = True
+                        last_words.clear()  # what it said while it loaded did not kill it
                         self._description = Description(**message["description"])
                         self._set_state("ready", "the engine is ready")
                     case "refused":

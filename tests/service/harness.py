@@ -1,0 +1,245 @@
+"""Starts the real service (gunicorn, engine process) on a free port of loopback, talks to it, and ends it for sure."""
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.gguf_writer import small_model
+
+ROOT = Path(__file__).resolve().parents[2]
+STARTER = ROOT / "service" / "starter" / "starter.gguf"
+FAKE = "tests.fake_engine"
+_DEADLINE_S = 60.0
+
+
+@dataclass
+class Answer:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+@dataclass
+class Service:
+    """A running service; ``log`` is a file of its JSON lines."""
+
+    port: int
+    process: subprocess.Popen[bytes]
+    log_path: Path
+    state_dir: Path
+    environment: dict[str, str]
+
+    def request(self, method: str, path: str, body: Any = None, timeout_s: float = 60.0, **headers: str) -> Answer:
+        """One request on a connection of its own; a body that is not bytes is sent as JSON."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)
+        try:
+            data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+            fields = {"Content-Type": "application/json"} if data is not None else {}
+            connection.request(method, path, data, {**fields, **{k.replace("_", "-"): v for k, v in headers.items()}})
+            response = connection.getresponse()
+            return Answer(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read())
+        finally:
+            connection.close()
+
+    def generate(self, prompt: str, timeout_s: float = 60.0, **fields: Any) -> Answer:
+        return self.request("POST", "/generate", {"prompt": prompt, **fields}, timeout_s)
+
+    def get(self, path: str) -> Answer:
+        return self.request("GET", path)
+
+    @contextmanager
+    def kept_connection(self) -> Iterator[http.client.HTTPConnection]:
+        """A connection that has carried one request and is kept open."""
+        with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)) as connection:
+            connection.request("GET", "/health")
+            connection.getresponse().read()
+            yield connection
+
+    def open(self, raw: bytes, timeout_s: float = 60.0) -> socket.socket:
+        """A connection on which ``raw`` was sent."""
+        client = socket.create_connection(("127.0.0.1", self.port), timeout=timeout_s)
+        client.sendall(raw)
+        return client
+
+    def open_generate(self, prompt: str, **fields: Any) -> socket.socket:
+        """A connection on which a generation was asked for."""
+        body = json.dumps({"prompt": prompt, **fields}).encode()
+        head = f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        return self.open(head.encode() + b"\r\n\r\n" + body)
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Sum of all samples of that name with these labels."""
+        total = 0.0
+        for line in self.get("/metrics").body.decode().splitlines():
+            sample, _, value = line.rpartition(" ")
+            if sample.partition("{")[0] == name and all(f'{k}="{v}"' in sample for k, v in labels.items()):
+                total += float(value)
+        return total
+
+    def logs(self, event: str) -> list[dict[str, Any]]:
+        lines = [line for line in self.log_path.read_text().splitlines() if line.startswith("{")]
+        return [entry for entry in map(json.loads, lines) if entry.get("event") == event]
+
+    def wait_phase(self, *phases: str, timeout_s: float = _DEADLINE_S) -> dict[str, Any]:
+        """Waits until ``/ready`` shows one of these phases; fails at the deadline."""
+        end_s = time.monotonic() + timeout_s
+        seen: Any = None
+        while time.monotonic() < end_s:
+            if self.process.poll() is not None:
+                raise AssertionError(f"gunicorn ended with {self.process.returncode}:\n{self.log_path.read_text()}")
+            try:
+                seen = self.get("/ready").json
+                if seen["status"] in phases:
+                    return seen
+            except (OSError, http.client.HTTPException):
+                pass  # not listening yet
+            time.sleep(0.02)
+        raise AssertionError(f"never {phases}, last {seen}:\n{self.log_path.read_text()}")
+
+    def wait_idle(self, timeout_s: float = 10.0) -> float:
+        """Waits until nothing runs or waits; returns the seconds it took, fails at the deadline."""
+        start_s = time.monotonic()
+        while time.monotonic() - start_s < timeout_s:
+            seen = self.get("/ready").json
+            if seen["running"] == seen["waiting"] == 0:
+                return time.monotonic() - start_s
+            time.sleep(0.005)
+        raise AssertionError(f"not idle after {timeout_s} s: {seen}")
+
+    def wait_running(self, running: int, waiting: int = 0, timeout_s: float = 10.0) -> None:
+        end_s = time.monotonic() + timeout_s
+        while time.monotonic() < end_s:
+            seen = self.get("/ready").json
+            if (seen["running"], seen["waiting"]) == (running, waiting):
+                return
+            time.sleep(0.005)
+        raise AssertionError(f"never {running} running and {waiting} waiting: {seen}")
+
+    @property
+    def web(self) -> psutil.Process:
+        """The web worker."""
+        return next(p for p in psutil.Process(self.process.pid).children() if "gunicorn" in " ".join(p.cmdline()))
+
+    @property
+    def engine(self) -> psutil.Process:
+        """The engine's process."""
+        return next(p for p in self.web.children() if "service.engine.worker" in p.cmdline())
+
+    def drain(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "service", "drain", *arguments],
+            cwd=ROOT,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    def terminate(self, timeout_s: float = 30.0) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(timeout_s)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def write_small_model(folder: Path) -> Path:
+    """A valid model of random weights, with room for long answers."""
+    model = small_model()
+    for field in model.metadata:
+        if field.key == b"llama.context_length":
+            field.value = 2048
+    path = folder / "small.gguf"
+    path.write_bytes(model.to_bytes())
+    return path
+
+
+def service_environment(state_dir: Path, port: int, **settings: Any) -> dict[str, str]:
+    """The environment of a service: nothing of the person's own settings, ``settings`` as LLM_* variables."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("LLM_")}
+    values = {"port": port, "state_dir": state_dir, "cache_dir": state_dir, **settings}
+    environment.update({f"LLM_{name.upper()}": str(value) for name, value in values.items()})
+    return environment
+
+
+@contextmanager
+def running_service(record: bool = True, wait: bool = True, **settings: Any) -> Iterator[Service]:
+    """A service with these settings; its golden answer is recorded first unless ``record`` is False.
+
+    The fake engine gets a small valid model of random weights, for it is verified like any other. Afterwards every process that it started is gone, also when the test failed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        state_dir, port = Path(folder), free_port()
+        if settings.get("engine_adapter") == FAKE:
+            settings.setdefault("model", write_small_model(state_dir))
+        environment = service_environment(state_dir, port, **settings)
+        if record:
+            command = [sys.executable, "-m", "service", "record"]
+            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+            assert done.returncode == 0, done.stderr
+        log_path = state_dir / "service.log"
+        with log_path.open("wb") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "gunicorn", "-c", "service/gunicorn.conf.py"],
+                cwd=ROOT,
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        service = Service(port, process, log_path, state_dir, environment)
+        family: list[psutil.Process] = []
+        try:
+            if wait:
+                service.wait_phase("ready")
+            yield service
+        finally:
+            if process.poll() is None:
+                family = psutil.Process(process.pid).children(recursive=True)
+                process.terminate()
+                try:
+                    process.wait(20)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+            _, survivors = psutil.wait_procs(family, timeout=5)
+            for survivor in survivors:
+                survivor.kill()
+            assert not survivors, f"processes outlived the service: {survivors}"
+
+
+def read_events(client: socket.socket) -> Iterator[tuple[str, Any]]:
+    """Server-sent events of a chunked answer: ("comment" | "data" | event name, text or document); closes it."""
+    with client, closing(http.client.HTTPResponse(client)) as response:
+        response.begin()
+        assert response.status == 200, response.read()
+        kind = "data"
+        while line := response.readline():
+            text = line.decode().rstrip("\n")
+            if text.startswith(":"):
+                yield "comment", text
+            elif text.startswith("event: "):
+                kind = text.removeprefix("event: ")
+            elif text.startswith("data: "):
+                yield kind, json.loads(text.removeprefix("data: "))
+                kind = "data"

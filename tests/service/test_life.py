@@ -1,0 +1,211 @@
+"""Start, drain, stop, and the deaths of the engine and of the web process."""
+
+import json
+import signal
+import threading
+import time
+
+import psutil
+
+from tests.service.harness import FAKE, Answer, Service, read_events, running_service
+
+
+def test_drain_under_load_loses_nothing(fake: Service) -> None:
+    """Drain: accepted requests finish, new ones get 503 and a closed connection, and SIGTERM then ends it with 0."""
+    answers: list[Answer] = []
+    threads = [
+        threading.Thread(target=lambda: answers.append(fake.generate("pause 0.1", max_tokens=8))) for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    fake.wait_running(1, 2)
+    drained: list[float] = []
+
+    def drain() -> None:
+        assert fake.drain().returncode == 0
+        drained.append(time.monotonic())
+
+    drainer = threading.Thread(target=drain)
+    refusals = []
+    with fake.kept_connection() as kept:
+        drainer.start()
+        fake.wait_phase("draining")
+        kept.request("POST", "/generate", b'{"prompt": "say x"}', {"Content-Type": "application/json"})
+        refused = kept.getresponse()
+        refusals.append((refused.status, refused.headers["Connection"], refused.headers["Retry-After"]))
+    assert refusals == [(503, "close", "1")]
+    assert fake.get("/ready").status == 503
+    assert fake.get("/health").status == 200
+    for thread in threads:
+        thread.join()
+    finished_s = time.monotonic()
+    drainer.join()
+    assert [answer.status for answer in answers] == [200] * 3
+    assert [answer.json["usage"]["completion_tokens"] for answer in answers] == [8] * 3
+    assert drained[0] >= finished_s - 0.3
+    engine = fake.engine
+    assert fake.terminate() == 0
+    assert not engine.is_running()
+
+
+def test_drain_limit_cuts_what_is_left(fake: Service) -> None:
+    """At the limit the rest is ended politely: text so far, finish reason cancelled, the command says how many."""
+    client = fake.open_generate("pause 0.1", max_tokens=400, stream=True)
+    fake.wait_running(1)
+    done = fake.drain("--limit", "0.5")
+    assert done.returncode == 0
+    assert "1 cancelled" in done.stderr
+    last = list(read_events(client))[-1][1]
+    assert last["finish_reason"] == "cancelled"
+    assert last["usage"]["completion_tokens"] > 0
+    client.close()
+
+
+def test_sigterm_alone_lets_streams_end(fake: Service) -> None:
+    """SIGTERM without a drain: the running and the queued stream end whole, exit code 0."""
+    running = fake.open_generate("pause 0.1", max_tokens=10, stream=True)
+    fake.wait_running(1)
+    queued = fake.open_generate("say a b c", stream=True)
+    fake.wait_running(1, 1)
+    fake.process.send_signal(signal.SIGTERM)
+    assert list(read_events(running))[-1][1]["usage"]["completion_tokens"] == 10
+    assert list(read_events(queued))[-1][1]["finish_reason"] == "stop"
+    assert fake.process.wait(10) == 0
+
+
+def test_idle_stop_is_quick(fake: Service) -> None:
+    """Without requests SIGTERM ends everything within 3 s, exit code 0."""
+    start_s = time.monotonic()
+    assert fake.terminate() == 0
+    assert time.monotonic() - start_s < 3
+
+
+def test_drain_without_a_service_says_so(fake: Service) -> None:
+    """The drain command fails with one clear line where no service runs."""
+    fake.terminate()
+    done = fake.drain()
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: no service answers at ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_killed_engine_costs_one_request(fake: Service) -> None:
+    """SIGKILL of the engine: an error event in the running stream, the queue is served after one restart."""
+    running = fake.open_generate("pause 0.1", max_tokens=200, stream=True)
+    fake.wait_running(1)
+    queued = fake.open_generate("say still here", stream=True)
+    fake.wait_running(1, 1)
+    web = fake.web.pid
+    fake.engine.kill()
+    start_s = time.monotonic()
+    events = list(read_events(running))
+    assert time.monotonic() - start_s < 1
+    kind, problem = events[-1]
+    assert kind == "error"
+    assert problem["status"] == 500
+    assert any(line["id"] == problem["id"] and "SIGKILL" in line["error"] for line in fake.logs("failure"))
+    answer = "".join(event["response"] for kind, event in read_events(queued) if kind == "data")
+    assert answer == "still here"
+    assert fake.metric("llm_engine_restarts_total") == 1
+    assert fake.web.pid == web
+    fake.wait_phase("ready")
+
+
+def test_abort_in_the_engine_is_a_500_with_an_id(fake: Service) -> None:
+    """An abort inside the engine: the request that caused it gets a 500 whose id stands in the log; others go on."""
+    with fake.kept_connection() as kept:
+        answer = fake.generate("abort")
+        assert answer.status == 500
+        assert any(line["id"] == answer.json["id"] and "SIGABRT" in line["error"] for line in fake.logs("failure"))
+        kept.request("GET", "/health")
+        assert kept.getresponse().status == 200
+    assert fake.generate("say again").json["response"] == "again"
+    assert fake.generate("fail").status == 500
+    assert fake.generate("abort-on-count").status == 500
+    assert fake.generate("say again").json["response"] == "again"
+
+
+def test_request_during_a_restart_waits_for_it(fake: Service) -> None:
+    """A request that comes while the engine restarts is served afterwards."""
+    fake.engine.kill()
+    assert fake.generate("say patience").json["response"] == "patience"
+
+
+def test_killed_web_process_takes_its_engine_along(fake: Service) -> None:
+    """SIGKILL of the web process mid-stream: its engine goes within seconds, another pair serves."""
+    client = fake.open_generate("pause 0.1", max_tokens=200, stream=True)
+    fake.wait_running(1)
+    web, engine = fake.web, fake.engine
+    web.kill()
+    psutil.wait_procs([engine], timeout=3)
+    assert not engine.is_running()
+    client.close()
+    fake.wait_phase("ready")
+    assert fake.generate("say back").json["response"] == "back"
+    assert fake.engine.pid != engine.pid
+
+
+def test_killed_master_leaves_nothing(fake: Service) -> None:
+    """SIGKILL of gunicorn's master: web and engine process go by themselves."""
+    web, engine = fake.web, fake.engine
+    fake.process.kill()
+    fake.process.wait()
+    _, alive = psutil.wait_procs([web, engine], timeout=8)
+    assert not alive
+
+
+def test_engine_that_dies_at_each_start_ends_in_not_ready() -> None:
+    """A model that kills its engine at each start: some tries with growing pauses, then not ready with the reason."""
+    with running_service(
+        record=False, wait=False, engine_adapter=FAKE, model_name="abort-at-load"
+    ) as service:
+        seen = service.wait_phase("failed", timeout_s=30)
+        assert "SIGABRT" in seen["reason"]
+        assert "told to abort" in seen["reason"]
+        starts = [line for line in service.logs("engine") if line["phase"] == "starting"]
+        assert len(starts) == 5
+        assert service.get("/health").status == 200
+        assert service.metric("llm_model_loaded") == 0
+        refused = service.generate("x")
+        assert refused.status == 503
+        assert refused.headers["retry-after"]
+
+
+def test_hanging_engine_is_replaced() -> None:
+    """An engine that gives no sign of life is killed, its request fails, the next is served."""
+    with running_service(engine_adapter=FAKE, stall_timeout_s=1) as service:
+        start_s = time.monotonic()
+        assert service.generate("hang").status == 500
+        assert time.monotonic() - start_s < 4
+        assert service.generate("say fine").json["response"] == "fine"
+
+
+def test_loading_is_told() -> None:
+    """While the model loads: not ready with the reason, 503 with Retry-After, alive."""
+    with running_service(record=False, wait=False) as service:
+        seen = service.wait_phase("starting", "verifying", "loading", "checking")
+        assert seen["reason"]
+        refused = service.generate("x")
+        assert refused.status in (200, 503)
+        if refused.status == 503:
+            assert refused.json["type"].endswith("loading")
+            assert refused.headers["retry-after"]
+        service.wait_phase("ready")
+
+
+def test_without_a_golden_answer_it_does_not_serve() -> None:
+    """A start never records the golden answer that it checks: without a record it says what to do."""
+    with running_service(record=False, wait=False, engine_adapter=FAKE) as service:
+        assert "python -m service record" in service.wait_phase("failed")["reason"]
+        assert not (service.state_dir / "golden").exists()
+
+
+def test_wrong_golden_answer_is_not_ready() -> None:
+    """An engine whose answer differs from the recorded one never becomes ready."""
+    with running_service(engine_adapter=FAKE) as service:
+        record = next((service.state_dir / "golden").iterdir())
+        document = json.loads(record.read_text())
+        record.write_text(json.dumps({**document, "response": document["response"] + "!"}))
+        service.engine.kill()
+        assert "golden answer is wrong" in service.wait_phase("failed")["reason"]
+        assert service.generate("say x").status == 503

@@ -1,0 +1,101 @@
+"""More requests than room or time: refused at once, with a truthful Retry-After, while health goes on."""
+
+import time
+
+import pytest
+
+from tests.service.harness import FAKE, Service, running_service
+
+
+def test_full_queue_is_refused_with_retry_after(fake: Service) -> None:
+    """With every slot and place taken a request is refused at once; after Retry-After it is taken."""
+    for _ in range(3):  # the service learns its speed: 20 tokens/s
+        fake.generate("pause 0.05", max_tokens=20)
+    clients = [fake.open_generate("pause 0.05", max_tokens=40, stream=True) for _ in range(4)]
+    fake.wait_running(1, 3)
+    start_s = time.monotonic()
+    refused = fake.generate("say no")
+    assert time.monotonic() - start_s < 0.5
+    assert refused.status == 503
+    assert refused.headers["content-type"] == "application/problem+json"
+    assert refused.json["type"].endswith("queue-full")
+    retry_after_s = int(refused.headers["retry-after"])
+    assert 1 <= retry_after_s <= 4
+    time.sleep(retry_after_s)
+    assert fake.generate("say yes").status == 200
+    assert fake.metric("llm_refusals_total", reason="queue_full") == 1
+    for client in clients:
+        client.close()
+
+
+def test_deadline_that_cannot_be_met_is_refused_at_once(fake: Service) -> None:
+    """A declared deadline shorter than the predicted time is a 503 that tells the prediction."""
+    for _ in range(8):
+        fake.generate("pause 0.02", max_tokens=20)
+    refused = fake.request("POST", "/generate", {"prompt": "pause 0.02", "max_tokens": 400}, X_Deadline_S="2")
+    assert refused.status == 503
+    assert "8." in refused.json["detail"] or "9." in refused.json["detail"]
+    met = fake.request("POST", "/generate", {"prompt": "pause 0.02", "max_tokens": 20}, X_Deadline_S="5")
+    assert met.status == 200
+
+
+def test_deadline_that_passes_cuts_the_answer(fake: Service) -> None:
+    """An answer that turns out slower than predicted is cut at the deadline, and says so."""
+    for _ in range(8):
+        fake.generate("pause 0.001", max_tokens=50)
+    late = fake.request("POST", "/generate", {"prompt": "pause 0.2", "max_tokens": 50}, X_Deadline_S="1.5")
+    assert late.status == 200
+    assert late.json["finish_reason"] == "cancelled"
+    assert 0 < late.json["usage"]["completion_tokens"] < 10
+
+
+@pytest.mark.parametrize("header", ["", "0", "-1", "1e9", "nan", "soon", "٣", "1" * 40])
+def test_deadline_must_be_a_number_of_seconds(real: Service, header: str) -> None:
+    """A malformed deadline is a 422 that names the header."""
+    answer = real.request("POST", "/generate", {"prompt": "x"}, X_Deadline_S=header.encode().decode("latin-1"))
+    assert answer.status == 422
+    assert answer.json["field"] == "X-Deadline-S"
+
+
+def test_queue_wait_has_a_limit() -> None:
+    """A request whose turn does not come in time is told so."""
+    with running_service(engine_adapter=FAKE, queue_wait_s=0.5) as service:
+        running = service.open_generate("pause 0.1", max_tokens=100, stream=True)
+        service.wait_running(1)
+        start_s = time.monotonic()
+        refused = service.generate("say late")
+        assert refused.status == 503
+        assert 0.4 < time.monotonic() - start_s < 2
+        assert refused.json["type"].endswith("queue-timeout")
+        running.close()
+
+
+def test_slow_clients_do_not_stop_health() -> None:
+    """Fifty connections that drip their headers or bodies are cut at their deadline; health answers meanwhile."""
+    with running_service(record=False, header_timeout_s=1.5, body_timeout_s=2.5) as service:
+        head = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 500\r\n"
+        clients = [service.open(head if number % 2 else head + b'\r\n{"pro') for number in range(50)]
+        idle = [service.open(b"") for _ in range(100)]
+        slowest_s, end_s = 0.0, time.monotonic() + 4
+        while time.monotonic() < end_s:
+            for client in clients:
+                try:
+                    client.send(b"x")
+                except OSError:
+                    pass  # cut, as it should be
+            start_s = time.monotonic()
+            assert service.get("/health").status == 200
+            slowest_s = max(slowest_s, time.monotonic() - start_s)
+            time.sleep(0.1)
+        assert slowest_s < 0.5
+        for client in clients:
+            client.settimeout(1)
+            try:
+                rest = client.recv(4096)
+            except ConnectionResetError:
+                rest = b""
+            assert rest == b"" or b" 408 " in rest
+            client.close()
+        for client in idle:
+            client.close()
+        assert service.generate("hello", max_tokens=1).status == 200
