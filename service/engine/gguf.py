@@ -663,8 +663,9 @@ def _read_vocabulary(metadata: dict[str, _Value]) -> _Vocabulary:
     if scores is not None and any(score != score for score in scores):
         _refuse("tokenizer.ggml.scores holds something that is not a number")
     types = types if types is not None else (TOKEN_NORMAL,) * len(tokens)
-    # gpt4all ends the process when a token without a text of its own is generated: one of an unknown type, or a
-    # byte token where bytes are spelled as characters. Unused ones have none either, but models never choose them.
+    # gpt4all ends the process when a token without a text of its own is generated: one of an unknown type, or
+    # a byte token where bytes are spelled as characters. Unused ones have none either, but models never
+    # choose them.
     strange = set(types) - (TOKEN_TYPES - {TOKEN_BYTE} if model == "gpt2" else TOKEN_TYPES)
     if strange:
         _refuse(f"its vocabulary has tokens of type {min(strange)}, which a {model} vocabulary cannot have")
@@ -857,14 +858,15 @@ def _check_phi3_tokens(name: str | None, vocabulary: _Vocabulary) -> None:
                 _refuse(f"it is named {_quote(name)}, but its vocabulary lacks {_quote(token)}")
 
 
-# The terms below were measured with gpt4all 2.8.2 on Linux x86-64 (resident memory in /proc/self/status after
-# load and after a prompt that fills the context), for models of 0.1 and 494 million parameters.
+# Measured with gpt4all 2.8.2 on Linux x86-64, as resident memory of the engine's process after a prompt that
+# fills the context. A llama model of 0.1 million parameters: 50 and 95 MiB (estimated: 66 and 110) with 512 and
+# 16,384 tokens; one of 494 million: 447 and 475 MiB (estimated: 506 and 535) with 512 and 2,048 tokens.
 CACHE_ELEMENT_BYTES = 2  # gpt4all asks for a float16 cache
 CACHE_CELL_BYTES = 128  # bookkeeping of one position
 CONTEXT_STEP = 32  # llama.cpp rounds the context up to this
 PREFILL_BATCH = 128  # gpt4all evaluates at most so many tokens of a prompt at once, whatever n_batch says
 ACTIVATION_BYTES = 4  # float32
-TOKEN_BYTES = 400  # one token with its text, its merge and the maps that find them
+TOKEN_BYTES = 640  # one token, its merge and the maps that find them, twice: to generate and to count with
 BASE_BYTES = 64 * MIB  # Python, gpt4all and its libraries
 
 
