@@ -560,7 +560,7 @@ def _read_stamp(stamp_dir: Path, status: os.stat_result) -> str | None:
             if not stat.S_ISREG(stamp_status.st_mode):
                 return None
             stamp = json.loads(file.read(4096))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         # No stamp, or none to believe: either way the file is hashed.
         return None
     if not isinstance(stamp, dict):

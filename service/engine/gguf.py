@@ -859,8 +859,8 @@ def _check_phi3_tokens(name: str | None, vocabulary: _Vocabulary) -> None:
 
 
 # Measured with gpt4all 2.8.2 on Linux x86-64, as resident memory of the engine's process after a prompt that
-# fills the context. A llama model of 0.1 million parameters: 50 and 95 MiB (estimated: 66 and 110) with 512 and
-# 16,384 tokens; one of 494 million: 447 and 475 MiB (estimated: 506 and 535) with 512 and 2,048 tokens.
+# fills the context. A llama model of 0.1 million parameters: 50 and 95 MiB (estimated: 66 and 110) with 512
+# and 16,384 tokens; one of 494 million: 447 and 475 MiB (estimated: 506 and 535) with 512 and 2,048 tokens.
 CACHE_ELEMENT_BYTES = 2  # gpt4all asks for a float16 cache
 CACHE_CELL_BYTES = 128  # bookkeeping of one position
 CONTEXT_STEP = 32  # llama.cpp rounds the context up to this
