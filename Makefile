@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
 TESTS ?= tests/unit tests/service
+TEST_REQUIREMENTS := service/requirements.txt service/starter/requirements.txt tests/requirements.txt
 
 # HOST=, PORT= and MODEL= are for people; the service reads LLM_* from its environment.
 export LLM_HOST ?= $(HOST)
@@ -32,31 +33,31 @@ serve:
 	@exec $(VENV_PYTHON) -m service serve
 
 test:
-	@$(PYTHON) scripts/setup_venv.py service/requirements.txt tests/requirements.txt
+	@$(PYTHON) scripts/setup_venv.py $(TEST_REQUIREMENTS)
 	@$(VENV_PYTHON) -m ruff check --quiet . && $(VENV_PYTHON) -m pytest $(TESTS)
 
 unit: TESTS := tests/unit
 unit: test
 
 bench:
-	@$(PYTHON) scripts/setup_venv.py service/requirements.txt tests/requirements.txt
+	@$(PYTHON) scripts/setup_venv.py $(TEST_REQUIREMENTS)
 	@$(VENV_PYTHON) -m tests.bench
 
 train:
-	@$(PYTHON) scripts/setup_venv.py service/requirements.txt tests/requirements.txt
+	@$(PYTHON) scripts/setup_venv.py $(TEST_REQUIREMENTS)
 	@$(VENV_PYTHON) -m service.starter.train
 
 lint:
-	@$(PYTHON) scripts/setup_venv.py service/requirements.txt tests/requirements.txt
+	@$(PYTHON) scripts/setup_venv.py $(TEST_REQUIREMENTS)
 	@$(VENV_PYTHON) -m ruff check .
 
-# Needs uv; pins every requirement and all it needs, for every supported Python.
+# Needs uv; pins every requirement and all it needs, by hash, for every supported Python.
+LOCK := uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+  --no-annotate --custom-compile-command "make lock"
 lock:
-	uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
-	  --no-annotate --custom-compile-command "make lock" service/requirements.in -o service/requirements.txt
-	uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
-	  --no-annotate --custom-compile-command "make lock" -c service/requirements.txt \
-	  tests/requirements.in -o tests/requirements.txt
+	$(LOCK) service/requirements.in -o service/requirements.txt
+	$(LOCK) -c service/requirements.txt service/starter/requirements.in -o service/starter/requirements.txt
+	$(LOCK) -c service/requirements.txt -c service/starter/requirements.txt tests/requirements.in -o tests/requirements.txt
 
 clean:
 	rm -rf .venv .cache .pytest_cache .ruff_cache

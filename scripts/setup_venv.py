@@ -1,7 +1,7 @@
 """Owns the virtual environment of a checkout: makes it and installs hashed requirement files, or says what is missing.
 
-Used by the Makefile as ``python3 scripts/setup_venv.py service/requirements.txt …``; needs nothing but Python itself, and
-runs (to say so) on Pythons that are too old for the rest.
+Used by the Makefile as ``python3 scripts/setup_venv.py service/requirements.txt …``; needs nothing but Python itself,
+and runs (to say so) on Pythons that are too old for the rest.
 """
 
 import hashlib
@@ -29,7 +29,8 @@ def check_host():
         )
     if platform.machine() not in ("x86_64", "AMD64") or not sys.platform.startswith("linux"):
         fail(
-            "gpt4all, the engine, exists for Linux on x86-64 only; this is %s on %s" % (sys.platform, platform.machine()),
+            "gpt4all, the engine, exists for Linux on x86-64 only; this is %s on %s"
+            % (sys.platform, platform.machine()),
             "run this on such a machine",
         )
     libc, version = platform.libc_ver()

@@ -104,7 +104,7 @@ def serve(settings: Settings) -> None:
         environment[PREFIX + "MODEL"] = str(model.path.resolve())
     os.chdir(_ROOT)
     config = str(_ROOT / "service" / "gunicorn.conf.py")
-    os.execve(sys.executable, [sys.executable, "-m", "gunicorn", "-c", config], environment)
+    os.execve(sys.executable, [sys.executable, "-m", "gunicorn", "-c", config], environment)  # noqa: S606 (meant)
 
 
 def _parser() -> argparse.ArgumentParser:

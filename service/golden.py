@@ -1,8 +1,8 @@
 """Owns golden answers: a short prompt and the exact text that a healthy model gives to it at temperature 0.
 
-An answer is recorded once, in a step of its own (``python -m service record``), and checked at each start of the engine;
-the start that checks never records. The starter's stands beside it in the tree; all others in the state folder, one
-file a model, named by its SHA-256, so that another model cannot pass by this one's answer.
+An answer is recorded once, in a step of its own (``python -m service record``), and checked at each start of the
+engine; the start that checks never records. The starter's stands beside it in the tree; all others in the state
+folder, one file a model, named by its SHA-256, so that another model cannot pass by this one's answer.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Owns how gunicorn runs the service: one worker process, many threads, and the hooks that start and stop the engine."""
+"""Owns how gunicorn runs the service: one worker process, many threads, hooks that start and stop the engine."""
 
 from service.settings import read_settings
 from service.web_worker import WebWorker
@@ -21,7 +21,7 @@ backlog = 512
 keepalive = 15
 # The worker's main loop only polls; if it gives no sign of life it hangs.
 timeout = 60
-# Answers on a CPU take long: at SIGTERM they may finish. A little beyond the drain's limit, at which they are cancelled.
+# Answers on a CPU take long: at SIGTERM they may finish, until the drain's limit cancels them; a little beyond it.
 graceful_timeout = int(_settings.drain_limit_s) + 15
 # gunicorn's own control socket would go to the home directory, which a hardened unit does not have.
 control_socket_disable = True

@@ -1,4 +1,4 @@
-"""Owns the metrics: their names (the first seven are a contract), labels and buckets, and what is read at each scrape."""
+"""Owns the metrics: their names (a contract), labels and buckets, and what is read at each scrape."""
 
 import time
 from collections.abc import Iterator

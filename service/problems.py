@@ -1,4 +1,4 @@
-"""Owns the shape of every error that leaves the service: problem documents (RFC 9457) and their closed list of kinds."""
+"""Owns the shape of every error that leaves the service: problem documents (RFC 9457), a closed list of kinds."""
 
 import json
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """Owns the settings: the one place that reads the environment, once, with every problem told together.
 
-Each field of ``Settings`` is read from ``LLM_<FIELD IN CAPITALS>``; a variable with that prefix that is none of them is a
-problem too, because a misspelt setting that is ignored is found by nobody.
+Each field of ``Settings`` is read from ``LLM_<FIELD IN CAPITALS>``; a variable with that prefix that is none of them
+is a problem too, because a misspelt setting that is ignored is found by nobody.
 """
 
 import ipaddress

@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from service.engine.interface import Completion, Description, GenerationRequest, Message, ModelSpec, Piece
 from service.errors import EngineFailed, RequestMalformed
@@ -56,7 +57,7 @@ class FakeEngine:
         if prompt_tokens + request.max_tokens > self._description.context_length:
             raise EngineFailed("the request does not fit the context")
         words = request.messages[-1].content.split()
-        orders = dict(zip(words, words[1:], strict=False))
+        orders = dict(pairwise(words))
         pause_s, prefill_s = float(orders.get("pause", 0)), float(orders.get("prefill", 0))
         abort_at = int(orders.get("abort-at", -1))
         answer = words[words.index("say") + 1 :] if "say" in words else ["word"] * request.max_tokens

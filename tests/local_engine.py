@@ -1,4 +1,4 @@
-"""An engine in a thread instead of a process, for unit tests: the same calls as ``EngineProcess``, over a fake engine."""
+"""A fake engine in a thread instead of a process, for unit tests: the same calls as ``EngineProcess``."""
 
 import queue
 import threading

@@ -1,8 +1,8 @@
 """Owns the way from a conversation to turns: the file's own chat template, run in a sandbox, with the texts kept apart.
 
-The template is rendered once per sequence of roles with a placeholder in the place of each text. What it puts around the
-placeholders are its marks, in which control tokens are meant; a text is put in later and is never parsed for them, so
-no prompt can forge a mark. A file without a template gets the prompt as it is.
+The template is rendered with a placeholder in the place of each text. What it puts around the placeholders are its
+marks, in which control tokens are meant; a text is put in later and is never parsed for them, so no prompt can forge
+a mark. A file without a template gets the prompt as it is.
 """
 
 import re

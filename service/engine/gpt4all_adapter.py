@@ -1,9 +1,9 @@
 """Owns gpt4all: the one module that imports it, and the place where its traps end.
 
-The traps (seen in gpt4all 2.8.2 and its source, gpt4all-backend/llmodel_shared.cpp and llamamodel.cpp) and what is done:
+The traps (gpt4all 2.8.2; its source is gpt4all-backend/llmodel_shared.cpp and llamamodel.cpp) and what is done:
 
-- ``generate()`` evaluates the prompt with n_batch 8 and decodes a blank line more at the end: ``prompt_model`` is called
-  with a template that ends in ``%2``.
+- ``generate()`` evaluates the prompt with n_batch 8 and decodes a blank line more at the end: ``prompt_model`` is
+  called with a template that ends in ``%2``.
 - The file's chat template is ignored by the library: it is rendered by ``chat`` and given turn by turn, because only
   the text put for ``%1`` is left unparsed for control tokens.
 - A prompt over the context comes back as an answer in English (token -1), an overflow drops three quarters of the
@@ -24,6 +24,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from pathlib import Path
 
 from gpt4all._pyllmodel import LLModel
 
@@ -55,8 +56,8 @@ _SPECIAL_ATTRIBUTES = (1 << 0) | (1 << 3) | (1 << 4)
 def batch_tokens(weights_bytes: int, threads: int) -> int:
     """Tokens evaluated at once in the prefill: as many as last about 0.7 s, the time in which a cancel waits.
 
-    Prefill is compute-bound: measured tokens/s times gigabytes of weights is about 30 on two cores for models of 0.5B to
-    8B (75 x 0.35, 40 x 0.77, 6.3 x 4.66), so 12 a thread is on the safe side. A constant of file and machine, not
+    Prefill is compute-bound: measured tokens/s times gigabytes of weights is about 30 on two cores for models of 0.5B
+    to 8B (75 x 0.35, 40 x 0.77, 6.3 x 4.66), so 12 a thread is on the safe side. A constant of file and machine, not
     measured at run time: the same prompt is then always cut into the same batches, and greedy answers repeat.
     """
     per_second = 12e9 * threads / max(1, weights_bytes)
@@ -152,7 +153,7 @@ class _Tokenizer:
 
 def _loaded_llama_library() -> str:
     """Path of the llama.cpp library that LLModel picked for this CPU (with AVX2 or without)."""
-    with open("/proc/self/maps") as maps:
+    with Path("/proc/self/maps").open() as maps:
         for line in maps:
             path = line.rstrip("\n").partition("/")[1:]
             if "libllamamodel-" in path[1] and "cuda" not in path[1]:

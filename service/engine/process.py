@@ -261,11 +261,13 @@ class EngineProcess:
             if self._stopping.is_set():
                 break
             if refusal is not None:
-                return self._set_state("failed", refusal)
+                self._set_state("failed", refusal)
+                return
             failed_starts = 0 if was_ready else failed_starts + 1
             reason = self._state.reason
             if failed_starts >= _FAILED_STARTS_LIMIT:
-                return self._set_state("failed", f"{reason} ({failed_starts} starts in a row failed)")
+                self._set_state("failed", f"{reason} ({failed_starts} starts in a row failed)")
+                return
             now_s = time.monotonic()
             ends_s.append(now_s)
             while ends_s[0] < now_s - _BACKOFF_MEMORY_S:

@@ -52,7 +52,8 @@ class Service:
         try:
             data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
             fields = {"Content-Type": "application/json"} if data is not None else {}
-            connection.request(method, path, data, {**fields, **{k.replace("_", "-"): v for k, v in headers.items()}})
+            fields.update({name.replace("_", "-"): value for name, value in headers.items()})
+            connection.request(method, path, data, fields)
             response = connection.getresponse()
             return Answer(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read())
         finally:
@@ -186,7 +187,8 @@ def service_environment(state_dir: Path, port: int, **settings: Any) -> dict[str
 def running_service(record: bool = True, wait: bool = True, **settings: Any) -> Iterator[Service]:
     """A service with these settings; its golden answer is recorded first unless ``record`` is False.
 
-    The fake engine gets a small valid model of random weights, for it is verified like any other. Afterwards every process that it started is gone, also when the test failed.
+    The fake engine gets a small valid model of random weights, for it is verified like any other. Afterwards
+    every process that was started is gone, also when the test failed.
     """
     with tempfile.TemporaryDirectory() as folder:
         state_dir, port = Path(folder), free_port()

@@ -1,0 +1,294 @@
+"""The application in process, over a fake engine: status codes, problem documents, metrics, log."""
+
+import io
+import json
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import falcon.testing
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from service.accounts import Log
+from service.app import create_app
+from service.engine.process import EngineState
+from service.generation import Generator
+from service.metrics import Metrics
+from service.scheduler import Scheduler
+from service.settings import Settings
+from tests.fake_engine import FakeEngine
+from tests.local_engine import LocalEngine
+
+CONTRACT = {
+    "llm_requests_total": "counter",
+    "llm_request_duration_seconds": "histogram",
+    "llm_inference_duration_seconds": "histogram",
+    "llm_tokens_generated_total": "counter",
+    "llm_model_loaded": "gauge",
+    "llm_cpu_usage_percent": "gauge",
+    "llm_memory_usage_bytes": "gauge",
+}
+
+
+class Bench:
+    """An application with its parts at hand."""
+
+    def __init__(self, **settings: Any):
+        self.engine = LocalEngine(FakeEngine(context_length=64))
+        self.scheduler = Scheduler(queue_size=settings.pop("queue_size", 2))
+        self.settings = Settings(**{"body_limit_bytes": 2000, **settings})
+        self.metrics = Metrics(self.engine, self.scheduler, 3.6)
+        self.generator = Generator(self.engine, self.scheduler, self.metrics, self.settings)
+        self.lines = io.StringIO()
+        self.client = falcon.testing.TestClient(create_app(self.generator, Log(self.lines)))
+
+    def post(self, document: Any = None, **more: Any) -> falcon.testing.Result:
+        body = more.pop("body", None) or json.dumps(document)
+        headers = {"Content-Type": "application/json", **more.pop("headers", {})}
+        return self.client.simulate_post("/generate", body=body, headers=headers)
+
+    def log(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.lines.getvalue().splitlines()]
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench()
+
+
+def assert_problem(result: falcon.testing.Result, status: int, kind: str) -> dict[str, Any]:
+    assert result.status_code == status
+    assert result.headers["content-type"] == "application/problem+json"
+    document = result.json
+    assert document["type"] == f"urn:mini-llm:problem:{kind}"
+    assert document["status"] == status
+    assert document["id"] == result.headers["x-request-id"]
+    assert document["detail"]
+    return document
+
+
+def test_generate(bench: Bench) -> None:
+    """A valid request gets its text, counts and finish reason."""
+    document = bench.post({"prompt": "say a b c"}).json
+    assert document["response"] == "a b c"
+    assert document["finish_reason"] == "stop"
+    assert document["usage"] == {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
+    assert document["model"] == "fake"
+
+
+def test_default_max_tokens_is_cut_to_the_room(bench: Bench) -> None:
+    """Without max_tokens the answer may fill what the context leaves, and says that it was cut there."""
+    document = bench.post({"prompt": "go"}).json
+    assert document["usage"]["total_tokens"] == 64
+    assert document["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "status", "kind"),
+    [
+        ("{", {}, 400, "malformed"),
+        ('{"prompt": 1}', {}, 400, "malformed"),
+        ('{"prompt": "x", "seed": 1}', {}, 400, "unsupported-field"),
+        ('{"prompt": "x", "temperature": 3}', {}, 422, "out-of-bounds"),
+        ('{"prompt": "x"}', {"Content-Type": "text/plain"}, 415, "unsupported-media-type"),
+        ('{"prompt": "x"}', {"Content-Type": ""}, 415, "unsupported-media-type"),
+        ('{"prompt": "x"}', {"X-Deadline-S": "now"}, 422, "out-of-bounds"),
+        ('{"prompt": "' + "x" * 3000 + '"}', {}, 413, "body-too-large"),
+        ('{"prompt": "' + "x " * 900 + '"}', {}, 400, "context-exceeded"),
+        ('{"prompt": "x", "max_tokens": 61}', {}, 400, "context-exceeded"),
+        ('{"prompt": "fail"}', {}, 500, "engine-failed"),
+    ],
+)
+def test_problems(bench: Bench, body: str, headers: dict[str, str], status: int, kind: str) -> None:
+    """Each refusal is a problem document of its kind, and the slot is free afterwards."""
+    assert_problem(bench.post(body=body, headers=headers), status, kind)
+    assert bench.scheduler.counts() == (0, 0)
+
+
+def test_charset_is_accepted(bench: Bench) -> None:
+    """A content type with parameters is JSON too."""
+    headers = {"Content-Type": "application/json; charset=utf-8"}
+    assert bench.post({"prompt": "say x"}, headers=headers).status_code == 200
+
+
+def test_context_problem_tells_the_counts(bench: Bench) -> None:
+    """The 400 holds exact counts as numbers."""
+    document = assert_problem(bench.post({"prompt": "a b c", "max_tokens": 60}), 400, "context-exceeded")
+    assert (document["prompt_tokens"], document["max_tokens"], document["context_length"]) == (6, 60, 64)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "kind"),
+    [
+        ("GET", "/nowhere", 404, "not-found"),
+        ("GET", "/generate", 405, "method-not-allowed"),
+        ("POST", "/health", 405, "method-not-allowed"),
+        ("DELETE", "/metrics", 405, "method-not-allowed"),
+        ("GET", "/health/", 404, "not-found"),
+    ],
+)
+def test_wrong_paths_and_methods(bench: Bench, method: str, path: str, status: int, kind: str) -> None:
+    """Unknown paths are 404, known ones with the wrong method 405 with Allow."""
+    result = bench.client.simulate_request(method, path)
+    assert_problem(result, status, kind)
+    assert (status != 405) or "allow" in result.headers
+
+
+def test_unknown_failure_is_500_without_its_message(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bug answers 500 with an id; log and answer hold type and place, never the message, which may quote a prompt."""
+
+    def broken(*args: Any) -> None:
+        raise RuntimeError("secret prompt text")
+
+    monkeypatch.setattr(bench.generator, "begin", broken)
+    document = assert_problem(bench.post({"prompt": "secret prompt text"}), 500, "internal")
+    failure = next(line for line in bench.log() if line["event"] == "failure")
+    assert failure["id"] == document["id"]
+    assert "RuntimeError at " in failure["error"]
+    assert "secret" not in bench.lines.getvalue() + json.dumps(document)
+
+
+def test_not_ready_is_told_with_retry_after(bench: Bench) -> None:
+    """While the model loads, /ready and /generate are 503 with the reason; /health is 200."""
+    bench.engine.state = EngineState("loading", "the engine is loading the model")
+    ready = bench.client.simulate_get("/ready")
+    assert (ready.status_code, ready.json["status"]) == (503, "loading")
+    assert ready.json["reason"] == "the engine is loading the model"
+    refused = bench.post({"prompt": "x"})
+    assert_problem(refused, 503, "loading")
+    assert int(refused.headers["retry-after"]) >= 1
+    assert bench.client.simulate_get("/health").status_code == 200
+    assert bench.client.simulate_get("/version").json["model"] is None
+
+
+def test_failed_engine_stays_told(bench: Bench) -> None:
+    """An engine that has failed for good answers 503 with its reason."""
+    bench.engine.state = EngineState("failed", "the model's file is truncated")
+    document = assert_problem(bench.post({"prompt": "x"}), 503, "engine-failed")
+    assert document["detail"] == "the model's file is truncated"
+
+
+def test_another_requests_crash_while_counting_is_survived(bench: Bench) -> None:
+    """A prompt that was being counted when the engine died is counted again; twice in a row it is its own fault."""
+    bench.engine.lose_counts = 1
+    assert bench.post({"prompt": "say x"}).status_code == 200
+    bench.engine.lose_counts = 2
+    assert_problem(bench.post({"prompt": "say x"}), 500, "engine-failed")
+
+
+def test_drained_service_refuses_and_closes(bench: Bench) -> None:
+    """Draining: 503, Retry-After and Connection: close."""
+    bench.scheduler.drain()
+    refused = bench.post({"prompt": "x"})
+    assert_problem(refused, 503, "draining")
+    assert refused.headers["connection"] == "close"
+    assert bench.client.simulate_get("/ready").json["status"] == "draining"
+
+
+def test_stream(bench: Bench) -> None:
+    """A stream holds its pieces, then one event with counts; a failure is an error event."""
+    result = bench.post({"prompt": "say a b", "stream": True})
+    assert result.headers["content-type"] == "text/event-stream; charset=utf-8"
+    events = [json.loads(line[6:]) for line in result.text.splitlines() if line.startswith("data: ")]
+    assert [event["response"] for event in events] == ["a", " b", ""]
+    assert events[-1]["done"] is True
+    assert events[-1]["usage"]["completion_tokens"] == 2
+    failed = bench.post({"prompt": "fail", "stream": True}).text
+    assert "event: error\ndata: " in failed
+    assert json.loads(failed.partition("event: error\ndata: ")[2])["status"] == 500
+    assert bench.scheduler.counts() == (0, 0)
+
+
+def test_stream_that_is_never_read_gives_its_slot_back(bench: Bench) -> None:
+    """A server that closes a response before it reads the first byte leaves no slot taken."""
+    headers = {"Content-Type": "application/json"}
+    body = '{"prompt": "pause 0.01", "stream": true}'
+    environ = falcon.testing.create_environ("/generate", method="POST", body=body, headers=headers)
+    response: Any = bench.client.app(environ, lambda status, headers, exc_info=None: None)
+    response.close()
+    assert bench.scheduler.counts() == (0, 0)
+    assert bench.log()[-1]["event"] == "request"
+
+
+def test_queue_is_bounded(bench: Bench) -> None:
+    """One running and two waiting; the fourth is refused, and all others are answered."""
+    results: list[int] = []
+
+    def ask() -> None:
+        results.append(bench.post({"prompt": "pause 0.05 say a b c d"}).status_code)
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: bench.scheduler.counts() == (1, 2))
+    assert_problem(bench.post({"prompt": "say x"}), 503, "queue-full")
+    for thread in threads:
+        thread.join()
+    assert results == [200, 200, 200]
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end_s = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < end_s
+        time.sleep(0.001)
+
+
+def families(bench: Bench) -> dict[str, Any]:
+    text = bench.client.simulate_get("/metrics").text
+    return {family.name: family for family in text_string_to_metric_families(text)}
+
+
+def test_metric_names_are_the_contract(bench: Bench) -> None:
+    """The seven names of the contract are there, of their types, and requests carry method, endpoint and status."""
+    bench.post({"prompt": "say a b c"})
+    bench.client.simulate_get("/nowhere/secret-path")
+    seen = families(bench)
+    for name, kind in CONTRACT.items():
+        assert seen[name.removesuffix("_total")].type == kind, name
+    samples = {tuple(sorted(sample.labels.items())): sample.value for sample in seen["llm_requests"].samples}
+    assert samples[("endpoint", "/generate"), ("method", "POST"), ("status", "200")] == 1
+    assert samples[("endpoint", "none"), ("method", "GET"), ("status", "404")] == 1
+    assert seen["llm_tokens_generated"].samples[0].value == 3
+    assert seen["llm_prompt_tokens"].samples[0].value == 7
+    assert "secret-path" not in bench.client.simulate_get("/metrics").text
+    buckets = seen["llm_inference_duration_seconds"].samples
+    assert "600.0" in [sample.labels.get("le") for sample in buckets]
+
+
+def test_metrics_follow_naming_rules(bench: Bench) -> None:
+    """What promtool would say of names and help texts: counters end in _total, all have help, base units only."""
+    for family in families(bench).values():
+        assert family.documentation
+        assert not any(word in family.name for word in ("_ms", "milliseconds", "minutes", "_kb", "megabytes"))
+        if family.type == "counter":
+            assert all(sample.name.endswith("_total") for sample in family.samples)
+        else:
+            assert not family.name.endswith(("_total", "_count", "_sum", "_bucket"))
+
+
+def test_cost_grows_with_time(bench: Bench) -> None:
+    """At 3.6 EUR an hour a thousandth of a euro a second is counted."""
+    first = families(bench)["llm_cost_eur"].samples[0].value
+    time.sleep(0.05)
+    grown = families(bench)["llm_cost_eur"].samples[0].value - first
+    assert 0.00004 < grown < 0.001
+
+
+def test_odd_methods_do_not_make_labels(bench: Bench) -> None:
+    """A method outside the usual seven is counted as OTHER."""
+    bench.client.simulate_request("TRACE", "/health")
+    assert any(s.labels["method"] == "OTHER" for s in families(bench)["llm_requests"].samples)
+
+
+def test_log_line(bench: Bench) -> None:
+    """One line a request with id, status, counts and waits, and no text of prompt or answer."""
+    result = bench.post({"prompt": "say verysecret"})
+    (line,) = bench.log()
+    assert line["id"] == result.json["id"]
+    expected = {"event": "request", "status": 200, "endpoint": "/generate", "prompt_tokens": 5, "completion_tokens": 1}
+    assert expected.items() <= line.items()
+    assert {"duration_ms", "queue_ms", "prefill_ms", "decode_ms"} <= set(line)
+    assert "verysecret" not in bench.lines.getvalue()

@@ -1,0 +1,103 @@
+"""The queue: order, bounds, predictions, draining."""
+
+import pytest
+
+from service.errors import Unavailable
+from service.scheduler import Scheduler, Work
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def learned(scheduler: Scheduler, decode_tokens_per_s: float = 10.0) -> Scheduler:
+    """A scheduler that has seen many full-length generations at that speed, with a prefill of 100 tokens/s."""
+    for _ in range(50):
+        scheduler.speed.learn(100, 1.0, 10, 10 / decode_tokens_per_s, 10)
+    return scheduler
+
+
+def test_turns_go_in_order_of_arrival() -> None:
+    """One slot: the first runs at once, the others in order as the slot is released."""
+    scheduler = Scheduler(queue_size=2)
+    first, second, third = (scheduler.admit() for _ in range(3))
+    assert [ticket.wait_turn(0) for ticket in (first, second, third)] == [True, False, False]
+    first.release()
+    assert [ticket.wait_turn(0) for ticket in (second, third)] == [True, False]
+
+
+def test_slots_are_not_assumed_to_be_one() -> None:
+    """An engine with three slots has three running at once."""
+    scheduler = Scheduler(queue_size=1)
+    scheduler.set_slots(3)
+    tickets = [scheduler.admit() for _ in range(4)]
+    assert [ticket.wait_turn(0) for ticket in tickets] == [True, True, True, False]
+    with pytest.raises(Unavailable):
+        scheduler.admit()
+
+
+def test_full_queue_tells_when_a_place_is_free() -> None:
+    """Refused with the time that the running request still needs, less what has passed."""
+    clock = Clock()
+    scheduler = learned(Scheduler(queue_size=1, clock=clock))
+    scheduler.admit().declare(Work(0, 100), None)
+    scheduler.admit().declare(Work(0, 100), None)
+    clock.now_s += 4
+    with pytest.raises(Unavailable) as caught:
+        scheduler.admit()
+    assert caught.value.reason == "queue_full"
+    assert caught.value.retry_after_s == pytest.approx(6, abs=0.1)
+
+
+def test_deadline_counts_the_work_ahead() -> None:
+    """A deadline is refused when waiting, prefill and all tokens together take longer."""
+    clock = Clock()
+    scheduler = learned(Scheduler(queue_size=3, clock=clock))
+    scheduler.admit().declare(Work(100, 40), None)  # 1 + 4 s
+    ticket = scheduler.admit()
+    with pytest.raises(Unavailable) as caught:
+        ticket.declare(Work(100, 20), 7.9)  # 5 s ahead + 1 + 2 s
+    assert caught.value.reason == "deadline"
+    assert "8.0 s" in str(caught.value)
+    ticket.declare(Work(100, 20), 8.1)
+
+
+def test_predictions_learn_how_much_is_used() -> None:
+    """Where answers use a tenth of max_tokens, the predicted wait shrinks accordingly."""
+    scheduler = Scheduler(queue_size=3, clock=Clock())
+    for _ in range(50):
+        scheduler.speed.learn(100, 1.0, 10, 1.0, 100)
+    scheduler.admit().declare(Work(0, 100), None)
+    assert scheduler.predicted_wait_s() == pytest.approx(1.0, abs=0.1)
+
+
+def test_release_is_idempotent_and_works_from_the_queue() -> None:
+    """A waiting ticket can leave, and a double release frees nothing twice."""
+    scheduler = Scheduler(queue_size=2)
+    first, second, third = (scheduler.admit() for _ in range(3))
+    second.release()
+    second.release()
+    assert scheduler.counts() == (1, 1)
+    first.release()
+    first.release()
+    assert third.wait_turn(0)
+    assert scheduler.counts() == (1, 0)
+
+
+def test_drain_admits_nothing_and_waits_for_all() -> None:
+    """Draining refuses newcomers while the admitted go on; it is idle once they have left."""
+    scheduler = Scheduler(queue_size=2)
+    first, second = scheduler.admit(), scheduler.admit()
+    scheduler.drain()
+    with pytest.raises(Unavailable) as caught:
+        scheduler.admit()
+    assert caught.value.reason == "draining"
+    first.release()
+    assert second.wait_turn(0)
+    assert not scheduler.wait_idle(0)
+    second.release()
+    assert scheduler.wait_idle(0)

@@ -1,0 +1,66 @@
+"""The environment: parsed once, every problem told together."""
+
+from pathlib import Path
+
+import pytest
+
+from service.errors import SettingsInvalid
+from service.settings import SETTINGS, Settings, describe_settings, read_settings
+
+HOME = {"HOME": "/home/x"}
+
+
+def test_defaults_are_enough() -> None:
+    """Without any variable there are whole settings: loopback, the starter model, folders below the home."""
+    settings = read_settings(HOME)
+    assert (settings.host, settings.port, settings.model) == ("127.0.0.1", 8080, "starter")
+    assert settings.cache_dir == Path("/home/x/.cache/mini-llm")
+    assert settings.control_socket == Path("/home/x/.local/state/mini-llm/control-8080.sock")
+    assert settings.threads_of_server > settings.queue_size + 8
+
+
+def test_every_problem_is_told_at_once() -> None:
+    """Several wrong variables are all named in one go, a misspelt one too."""
+    wrong = {
+        "LLM_HOST": "0.0.0.0",
+        "LLM_PORT": "80x",
+        "LLM_MODEL_SHA256": "12",
+        "LLM_QUEUE_SIZE": "-1",
+        "LLM_PRICE_EUR_PER_HOUR": "nan",
+        "LLM_STATE_DIR": "relative",
+        "LLM_ANNOUNCE": "yes",
+        "LLM_PROT": "8080",
+        "LLM_DEFAULT_MAX_TOKENS": "5000",
+    }
+    with pytest.raises(SettingsInvalid) as caught:
+        read_settings({**HOME, **wrong})
+    assert len(caught.value.problems) == len(wrong)
+    for variable in wrong:
+        assert any(variable in problem for problem in caught.value.problems), variable
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.5", "::", "example.org", "", "127.0.0.1.nip.io"])
+def test_only_loopback_until_there_are_keys(host: str) -> None:
+    """Any other address is refused, with the reason."""
+    with pytest.raises(SettingsInvalid):
+        read_settings({**HOME, "LLM_HOST": host})
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
+def test_loopback_addresses(host: str) -> None:
+    """Every loopback address will do."""
+    assert read_settings({**HOME, "LLM_HOST": host}).host == host
+
+
+def test_every_field_has_a_parser_and_a_line() -> None:
+    """The table of settings and the record are the same list, and each is described."""
+    assert set(SETTINGS) == set(Settings.__dataclass_fields__)
+    lines = describe_settings(read_settings(HOME))
+    assert len(lines) == len(SETTINGS)
+    assert "LLM_PORT=8080    # port to listen on" in lines
+
+
+def test_long_socket_path_is_told() -> None:
+    """A control socket whose path the kernel would not take is refused when the settings are read."""
+    with pytest.raises(SettingsInvalid, match="100 bytes"):
+        read_settings({**HOME, "LLM_CONTROL_SOCKET": "/" + "x" * 120})
