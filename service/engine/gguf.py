@@ -620,19 +620,20 @@ def _array(metadata: dict[str, _Value], key: str, items: int) -> Any:
 
 
 def _byte_tokens(model: str) -> list[bytes]:
-    """Return the tokens without which some text cannot be tokenized: one for each byte that UTF-8 may hold.
+    """Return the tokens without which some text cannot be tokenized: one for each byte that matters.
 
     A byte-level BPE vocabulary spells bytes by the table that came with GPT-2; the engine drops a byte that
-    has no token without a word. A SentencePiece vocabulary spells them <0xNN>; there a missing one ends the
-    process.
+    has no token without a word. Published vocabularies (falcon, starcoder) lack some control characters and
+    the lead bytes of planes that Unicode has not assigned. A SentencePiece vocabulary spells bytes <0xNN>;
+    there a missing one ends the process, so that every one is needed.
     """
     if model == "llama":
         return [b"<0x%02X>" % byte for byte in range(256)]
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = iter(range(0x100, 0x200))
     spelled = {byte: chr(byte if byte in visible else next(hidden)) for byte in range(256)}
-    never_in_text = {0x00, 0xC0, 0xC1, *range(0xF5, 0x100)}
-    return [spelled[byte].encode() for byte in range(256) if byte not in never_in_text]
+    rare = {*range(0x20), 0x7F, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100)} - set(b"\t\n\r")
+    return [spelled[byte].encode() for byte in range(256) if byte not in rare]
 
 
 def _read_vocabulary(metadata: dict[str, _Value]) -> _Vocabulary:

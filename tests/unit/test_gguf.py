@@ -288,6 +288,19 @@ def test_sentence_piece_vocabulary_needs_every_byte() -> None:
         read_model(model)
 
 
+def test_byte_level_vocabulary_may_lack_control_characters() -> None:
+    """Published vocabularies have no token for some control characters, and are accepted all the same."""
+    model = gguf_writer.small_model()
+    tokens = model.get(TOKENS).items
+    texts = gguf_writer.byte_texts()
+    for byte in (0x00, 0x03, 0x1C, 0xC0, 0xF1, 0xF2, 0xFF):
+        tokens[tokens.index(texts[byte])] = b"in place of %d" % byte
+    assert read_model(model).vocab_size == len(tokens)
+    tokens[tokens.index(texts[0xF0])] = b"in place of the lead byte of an emoji"
+    with pytest.raises(ModelRefused, match="byte token"):
+        read_model(model)
+
+
 def test_scores_that_are_no_numbers_are_refused() -> None:
     """The engine sorts by the scores, which must be comparable."""
     model = gguf_writer.small_model(tokenizer="llama")
