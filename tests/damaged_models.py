@@ -9,6 +9,7 @@ tells; all others must be refused when the file is opened or its header is read.
 import gzip
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from tests import gguf_writer as gguf
@@ -225,6 +226,18 @@ for _key in (
 # Hyper-parameters
 
 
+def _make_deep(data: bytes, marks: dict[str, int]) -> bytes:
+    """Return a model with so many blocks that the engine's graph overflows, which ends its process."""
+    model = gguf.small_model()  # 200 blocks of a larger model would be a large file
+    block = [tensor for tensor in model.tensors if tensor.name.startswith(b"blk.0.")]
+    model.tensors = [tensor for tensor in model.tensors if not tensor.name.startswith(b"blk.")]
+    for number in range(200):
+        name = b"blk.%d." % number
+        model.tensors += [replace(tensor, name=tensor.name.replace(b"blk.0.", name)) for tensor in block]
+    model.put(BLOCKS, UINT32, 200)
+    return model.to_bytes()
+
+
 _by_fields("architecture_unknown", _put("general.architecture", STRING, b"llama9"))
 _by_fields("architecture_for_embeddings", _put("general.architecture", STRING, b"bert"))
 _by_fields("architecture_of_other_tensors", _put("general.architecture", STRING, b"falcon"))
@@ -235,6 +248,7 @@ _by_fields("context_length_zero", _put(CONTEXT, UINT32, 0))
 _by_fields("context_length_absurd", _put(CONTEXT, UINT32, 2**32 - 1))
 _by_fields("block_count_zero", _put(BLOCKS, UINT32, 0))
 _by_fields("block_count_billion", _put(BLOCKS, UINT32, 10**9))
+_by_bytes("block_count_deeper_than_the_graph", _make_deep)
 _by_fields("block_count_one_more", lambda model: model.put(BLOCKS, UINT32, model.get(BLOCKS) + 1))
 _by_fields("block_count_one_less", lambda model: model.put(BLOCKS, UINT32, model.get(BLOCKS) - 1))
 _by_fields("embedding_length_zero", _put(WIDTH, UINT32, 0))
