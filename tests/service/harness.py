@@ -22,6 +22,7 @@ from tests.gguf_writer import small_model
 ROOT = Path(__file__).resolve().parents[2]
 STARTER = ROOT / "service" / "starter" / "starter.gguf"
 FAKE = "tests.fake_engine"
+SMALL = "a model of random weights"
 _DEADLINE_S = 60.0
 
 
@@ -187,13 +188,13 @@ def service_environment(state_dir: Path, port: int, **settings: Any) -> dict[str
 def running_service(record: bool = True, wait: bool = True, **settings: Any) -> Iterator[Service]:
     """A service with these settings; its golden answer is recorded first unless ``record`` is False.
 
-    The fake engine gets a small valid model of random weights, for it is verified like any other. Afterwards
-    every process that was started is gone, also when the test failed.
+    ``model=SMALL`` asks for a small valid model of random weights; the fake engine gets one too, for its file is
+    verified like any other. Afterwards every process that was started is gone, also when the test failed.
     """
     with tempfile.TemporaryDirectory() as folder:
         state_dir, port = Path(folder), free_port()
-        if settings.get("engine_adapter") == FAKE:
-            settings.setdefault("model", write_small_model(state_dir))
+        if settings.get("engine_adapter") == FAKE or settings.get("model") == SMALL:
+            settings["model"] = write_small_model(state_dir)
         environment = service_environment(state_dir, port, **settings)
         if record:
             command = [sys.executable, "-m", "service", "record"]
