@@ -866,6 +866,7 @@ CACHE_ELEMENT_BYTES = 2  # gpt4all asks for a float16 cache
 CACHE_CELL_BYTES = 128  # bookkeeping of one position
 CONTEXT_STEP = 32  # llama.cpp rounds the context up to this
 PREFILL_BATCH = 128  # gpt4all evaluates at most so many tokens of a prompt at once, whatever n_batch says
+RESERVED_BATCH = 512  # llama.cpp's n_ubatch, which gpt4all leaves as it is
 ACTIVATION_BYTES = 4  # float32
 TOKEN_BYTES = 640  # one token, its merge and the maps that find them, twice: to generate and to count with
 BASE_BYTES = 64 * MIB  # Python, gpt4all and its libraries
@@ -875,10 +876,11 @@ BASE_BYTES = 64 * MIB  # Python, gpt4all and its libraries
 class MemoryNeed:
     """Resident memory of the engine's process by what it is for, in bytes.
 
-    ``weights_bytes`` are mapped from the file: the kernel can drop and read them again, but then every
-    token waits for the disk. llama.cpp reserves more address space than this (logits for 512 tokens at
-    once, 512 * vocabulary * 4 bytes), which is never touched, because gpt4all asks for the logits of the
-    last token only.
+    ``weights_bytes`` are mapped from the file: the kernel can drop and read them again, but then every token
+    waits for the disk. ``reserved_bytes`` is no part of the total: llama.cpp takes so much address space in one
+    piece, for batches four times as long as gpt4all evaluates and for the logits of every token of them, of
+    which gpt4all asks for the last only. Linux refuses a piece larger than the whole memory, and then the
+    engine does not load.
     """
 
     weights_bytes: int
@@ -886,6 +888,7 @@ class MemoryNeed:
     compute_bytes: int
     vocabulary_bytes: int
     base_bytes: int
+    reserved_bytes: int
 
     @property
     def total_bytes(self) -> int:
@@ -902,16 +905,18 @@ def estimate_memory(header: GgufHeader, context_length: int) -> MemoryNeed:
     """Return what serving with a context of ``context_length`` tokens needs, filled to the last token."""
     cells = -(-context_length // CONTEXT_STEP) * CONTEXT_STEP
     per_cell = header.block_count * header.head_count_kv * (header.key_length + header.value_length)
-    # The largest intermediate results alive together: attention of every head to every position with its
-    # mask, and the rows around a feed-forward block; one row of logits with the candidates sampled from it.
-    attention = PREFILL_BATCH * ACTIVATION_BYTES * (header.head_count + 1) * cells
-    rows = PREFILL_BATCH * ACTIVATION_BYTES * (2 * header.feed_forward_length + 6 * header.embedding_length)
+    # The largest intermediate results alive together, for one token of a batch: attention of every head to
+    # every position with its mask, and the rows around a feed-forward block.
+    attention = ACTIVATION_BYTES * (header.head_count + 1) * cells
+    rows = ACTIVATION_BYTES * (2 * header.feed_forward_length + 6 * header.embedding_length)
     return MemoryNeed(
         weights_bytes=header.weights_bytes,
         cache_bytes=cells * (per_cell * CACHE_ELEMENT_BYTES + CACHE_CELL_BYTES),
-        compute_bytes=attention + rows + 16 * header.vocab_size,
+        # One row of logits comes with the candidates that are sampled from it.
+        compute_bytes=PREFILL_BATCH * (attention + rows) + 16 * header.vocab_size,
         vocabulary_bytes=TOKEN_BYTES * header.vocab_size,
         base_bytes=BASE_BYTES,
+        reserved_bytes=RESERVED_BATCH * (attention + rows + ACTIVATION_BYTES * header.vocab_size),
     )
 
 
@@ -921,8 +926,13 @@ def required_memory_bytes(header: GgufHeader, context_length: int) -> int:
 
 
 def largest_context(header: GgufHeader, memory_bytes: int) -> int:
-    """Return the largest context in tokens, at most the file's own, that fits ``memory_bytes``; 0 if none."""
-    fixed = required_memory_bytes(header, 0)
-    per_step = required_memory_bytes(header, CONTEXT_STEP) - fixed
-    fitting = max(memory_bytes - fixed, 0) // per_step * CONTEXT_STEP
-    return min(fitting, header.context_length)
+    """Return the largest context in tokens, at most the file's own, that fits ``memory_bytes``; 0 if none.
+
+    What is needed and what is only reserved must each fit; both grow linearly with the context.
+    """
+    none, one = estimate_memory(header, 0), estimate_memory(header, CONTEXT_STEP)
+    steps = min(
+        (memory_bytes - none.total_bytes) // (one.total_bytes - none.total_bytes),
+        (memory_bytes - none.reserved_bytes) // (one.reserved_bytes - none.reserved_bytes),
+    )
+    return min(max(steps, 0) * CONTEXT_STEP, header.context_length)

@@ -436,13 +436,26 @@ def test_largest_context_is_the_largest_that_fits() -> None:
     model = gguf_writer.small_model()
     model.put("llama.context_length", UINT32, 1_000_000)
     header = read_model(model)
-    for memory_bytes in (80_000_000, 100_000_000, 1_000_000_000):
+
+    def fits(context_length: int, memory_bytes: int) -> bool:
+        need = gguf.estimate_memory(header, context_length)
+        return max(need.total_bytes, need.reserved_bytes) <= memory_bytes
+
+    for memory_bytes in (70_000_000, 80_000_000, 1_000_000_000):
         found = gguf.largest_context(header, memory_bytes)
         assert 0 < found < header.context_length
-        assert gguf.required_memory_bytes(header, found) <= memory_bytes
-        assert gguf.required_memory_bytes(header, found + 1) > memory_bytes
+        assert fits(found, memory_bytes)
+        assert not fits(found + 1, memory_bytes)
     assert gguf.largest_context(header, 10**13) == 1_000_000
     assert gguf.largest_context(header, 50_000_000) == 0
+
+
+def test_reserved_address_space_is_known() -> None:
+    """llama.cpp reserved 26,624,530,432 bytes for 4 heads and 2,600,000 positions, where Linux refused it."""
+    model = gguf_writer.small_model()
+    model.put("llama.context_length", UINT32, 2_600_000)
+    reserved_bytes = gguf.estimate_memory(read_model(model), 2_600_000).reserved_bytes
+    assert reserved_bytes == pytest.approx(26_624_530_432, rel=0.001)
 
 
 def test_unused_metadata_is_no_reason_to_refuse() -> None:
