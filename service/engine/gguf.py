@@ -877,9 +877,9 @@ class MemoryNeed:
     """Resident memory of the engine's process by what it is for, in bytes.
 
     ``weights_bytes`` are mapped from the file: the kernel can drop and read them again, but then every token
-    waits for the disk. ``reserved_bytes`` is no part of the total: llama.cpp takes so much address space in one
-    piece, for batches four times as long as gpt4all evaluates and for the logits of every token of them, of
-    which gpt4all asks for the last only. Linux refuses a piece larger than the whole memory, and then the
+    waits for the disk. ``reserved_bytes`` is no part of the total: llama.cpp takes so much address space in
+    one piece, for batches four times as long as gpt4all evaluates and for the logits of every token of them,
+    of which gpt4all asks for the last only. Linux refuses a piece larger than the whole memory, and then the
     engine does not load.
     """
 
