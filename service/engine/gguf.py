@@ -243,10 +243,13 @@ class _Cursor:
             _refuse(f"its header is larger than {MAX_HEADER_BYTES} bytes ({what})")
         # Eightfold steps: few reads for a large vocabulary, little to read for a small one.
         wanted = min(max(end, 8 * len(self.buffer), 64 * 1024), self.size_bytes, MAX_HEADER_BYTES)
-        self._file.seek(0)
         pieces = []
+        self._file.seek(0)
         while wanted > 0:
-            piece = self._file.read(wanted)
+            try:
+                piece = self._file.read(wanted)
+            except OSError as error:
+                raise ModelRefused(f"the model file cannot be read: {error.strerror}") from error
             if not piece:
                 _refuse("it became shorter while it was read")
             pieces.append(piece)
@@ -288,11 +291,15 @@ class _Cursor:
         self.position = position
         return found
 
-    def numbers(self, item_type: int, count: int, what: str) -> tuple[Any, ...]:
+    def numbers(self, item_type: int, count: int, what: str) -> memoryview:
+        """Read ``count`` numbers as a view of the buffer, so that what nobody looks at costs nothing.
+
+        The view has the byte order of the machine: that of the file, as the engine exists for x86-64 only.
+        """
         start = self.position
         self.position = start + count * SCALARS[item_type].size
         self.require(self.position, what)
-        return struct.unpack_from(f"<{count}{SCALARS[item_type].format[-1]}", self.buffer, start)
+        return memoryview(self.buffer)[start : self.position].cast(SCALARS[item_type].format[-1])
 
 
 def _decode(text: bytes, what: str) -> str:
@@ -350,7 +357,7 @@ def _read_tensors(cursor: _Cursor, count: int) -> dict[str, _Tensor]:
         dimensions = cursor.scalar(U32, what)
         if not 1 <= dimensions <= MAX_DIMENSIONS:
             _refuse(f"tensor {_quote(name)} has {dimensions} dimensions")
-        shape = cursor.numbers(UINT64, dimensions, what)
+        shape = tuple(cursor.numbers(UINT64, dimensions, what))
         type_id, offset = cursor.scalar(U32, what), cursor.scalar(U64, what)
         if type_id not in TENSOR_TYPES:
             _refuse(f"tensor {_quote(name)} has type {type_id}, which the engine cannot compute with")

@@ -1,5 +1,6 @@
 """The header check: what a valid file tells, and that nothing damaged passes or does any harm."""
 
+import errno
 import io
 import random
 import time
@@ -234,6 +235,31 @@ def test_a_file_that_shrinks_is_refused() -> None:
 
     with pytest.raises(ModelRefused, match="shorter while it was read"):
         read_header(Shrinking(gguf_writer.small_model().to_bytes()))
+
+
+def test_a_file_that_cannot_be_read_is_refused() -> None:
+    """An error of the disk is told in one line."""
+
+    class Failing(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            raise OSError(errno.EIO, "Input/output error")
+
+    with pytest.raises(ModelRefused, match="cannot be read: Input/output error"):
+        read_header(Failing(gguf_writer.small_model().to_bytes()))
+
+
+def test_arrays_that_nobody_needs_cost_no_memory() -> None:
+    """A long array of numbers under some other key is passed over, not turned into objects."""
+    model = gguf_writer.small_model()
+    model.metadata.append(Field(b"tool.numbers", ARRAY, Array(gguf_writer.UINT8, [7] * 4_000_000)))
+    file = io.BytesIO(model.to_bytes())
+    tracemalloc.start()
+    try:
+        read_header(file)
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 10_000_000
 
 
 # Damage
