@@ -145,7 +145,7 @@ def expand_questions(
     questions = []
     for fact in facts:
         # Each fact has its own stream, so that a change to one leaves the questions of the others alone.
-        rng = random.Random(f"{seed} {fact.id}")
+        rng = random.Random(f"{seed} {fact.id}")  # noqa: S311 - nothing secret
         wanted = int(share * MORE_QUESTIONS.get(fact.id, QUESTIONS_PER_FACT))
         seen: dict[str, None] = {}
         for _ in range(3 * wanted):

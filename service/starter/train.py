@@ -3,7 +3,6 @@
 import argparse
 import hashlib
 import json
-import os
 import random
 import sys
 import time
@@ -82,7 +81,7 @@ class Preset:
 
 
 PRESETS = {
-    "starter": Preset(256, 4, 8, 4, 512, 1536, 1024, 2048, 5000, 2.5e-3),
+    "starter": Preset(256, 4, 8, 4, 512, 1536, 1024, 2048, 3600, 2.5e-3),
     # Knows four things. It is there to prove, within a minute, that the whole way from text to file works.
     "tiny": Preset(64, 2, 4, 2, 128, 512, 512, 1024, 400, 5e-3, ("start", "tests", "bench", "thanks")),
 }
@@ -101,21 +100,27 @@ class Text:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train as the command line says and return the exit status."""
     options = parse_options(arguments)
-    preset = PRESETS[options.preset]
     try:
-        text = prepare_text(preset)
-        parameters, loss, steps = train(preset, text, options.steps or preset.steps, options.minutes, options.seed)
+        make_model(options)
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         return 130
+    return 0
+
+
+def make_model(options: argparse.Namespace) -> None:
+    """Train, try out and write the model that the options ask for."""
+    preset = PRESETS[options.preset]
+    text = prepare_text(preset)
+    parameters, loss, steps = train(preset, text, options.steps or preset.steps, options.minutes, options.seed)
     quantized = quantize(parameters)
     restored = {name: jnp.asarray(gguf.quants.dequantize(*tensor)) for name, tensor in quantized.items()}
     ask = make_asker(preset, text.tokenizer, restored)
     report_score(ask, preset)
+    golden = find_golden_answer(ask)
     write_file(options.out, preset, text.tokenizer, quantized)
-    describe_file(options.out, ask)
+    describe_file(options.out, golden)
     print(f"{options.out}: {options.out.stat().st_size} bytes, {steps} steps, loss {loss:.4f}")
-    return 0
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -130,7 +135,10 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=SEED, help=f"seed of everything random (default: {SEED})")
     parser.add_argument(
-        "--out", type=Path, default=Path(__file__).with_name("starter.gguf"), help="file to write (default: %(default)s)"
+        "--out",
+        type=Path,
+        default=Path(__file__).with_name("starter.gguf"),
+        help="file to write (default: %(default)s)",
     )
     return parser.parse_args(arguments)
 
@@ -331,9 +339,7 @@ def _normalize(values: jax.Array, scale: jax.Array) -> jax.Array:
 # --- training
 
 
-def train(
-    preset: Preset, text: Text, steps: int, minutes: float | None, seed: int
-) -> tuple[Parameters, float, int]:
+def train(preset: Preset, text: Text, steps: int, minutes: float | None, seed: int) -> tuple[Parameters, float, int]:
     """Return the trained weights, the mean loss a token of the last hundred steps, and the number of steps made."""
     parameters = make_parameters(preset, seed)
     optimizer = optax.chain(
@@ -354,7 +360,7 @@ def train(
         updates, state = optimizer.update(gradients, state, parameters)
         return jax.tree.map(lambda p, u: p - rate * u, parameters, updates), state, loss
 
-    batches = draw_batches(text, preset.batch_tokens, random.Random(seed))
+    batches = draw_batches(text, preset.batch_tokens, random.Random(seed))  # noqa: S311 - nothing secret
     losses: list[float] = []
     started_s = time.monotonic()
     progress = 0.0
@@ -416,6 +422,13 @@ def report_score(ask: Callable[[str, int], tuple[str, bool, float]], preset: Pre
     print(f"{right} of {len(entries)} development questions right", flush=True)
 
 
+def find_golden_answer(ask: Callable[[str, int], tuple[str, bool, float]]) -> str:
+    """Return the answer to the golden prompt, and print how sure the model is of each of its tokens."""
+    answer, _, least = ask(GOLDEN_PROMPT, GOLDEN_MAX_TOKENS)
+    print(f"golden answer, least probability {least:.3f}: {answer}")
+    return answer
+
+
 # --- the file
 
 
@@ -450,11 +463,14 @@ def write_file(
     _add_tokenizer(writer, preset, tokenizer)
     for name, (values, kind) in tensors.items():
         writer.add_tensor(name, values, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    os.replace(unfinished, path)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, preset: Preset, tokenizer: Tokenizer) -> None:
@@ -480,18 +496,16 @@ def _add_tokenizer(writer: gguf.GGUFWriter, preset: Preset, tokenizer: Tokenizer
     writer.add_chat_template(CHAT_TEMPLATE)
 
 
-def describe_file(path: Path, ask: Callable[[str, int], tuple[str, bool, float]]) -> None:
+def describe_file(path: Path, golden_answer: str) -> None:
     """Write the JSON description beside the file: its hash, its size and the answer that proves that it works."""
-    response, _, least = ask(GOLDEN_PROMPT, GOLDEN_MAX_TOKENS)
     description = {
         "file": path.name,
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "size_bytes": path.stat().st_size,
         "name": NAME,
-        "golden": {"prompt": GOLDEN_PROMPT, "max_tokens": GOLDEN_MAX_TOKENS, "response": response},
+        "golden": {"prompt": GOLDEN_PROMPT, "max_tokens": GOLDEN_MAX_TOKENS, "response": golden_answer},
     }
     path.with_suffix(".json").write_text(json.dumps(description, indent=2) + "\n", "utf-8")
-    print(f"golden answer, least probability {least:.3f}: {response}")
 
 
 if __name__ == "__main__":
