@@ -12,12 +12,14 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from tests.gguf_writer import small_model
+from service.engine import gguf
+from tests.gguf_writer import UINT32, small_model
 
 ROOT = Path(__file__).resolve().parents[2]
 STARTER = ROOT / "service" / "starter" / "starter.gguf"
@@ -166,11 +168,15 @@ def free_port() -> int:
 
 
 def write_small_model(folder: Path) -> Path:
-    """A valid model of random weights, with room for long answers."""
+    """A valid model of random weights, with room for long answers and no wish to end them at temperature 0."""
     model = small_model()
-    for field in model.metadata:
-        if field.key == b"llama.context_length":
-            field.value = 2048
+    model.put("llama.context_length", UINT32, 2048)
+    head = model.tensor("output.weight")
+    row_bytes, weights = len(head.data) // head.shape[1], bytearray(head.data)
+    for token in gguf.read_header(BytesIO(model.to_bytes())).end_token_ids:
+        # A logit of zero is never the largest of hundreds that are random around zero.
+        weights[token * row_bytes : (token + 1) * row_bytes] = bytes(row_bytes)
+    head.data = bytes(weights)
     path = folder / "small.gguf"
     path.write_bytes(model.to_bytes())
     return path
