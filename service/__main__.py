@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 from service.control import ask_to_drain
-from service.engine.process import EngineProcess, EngineSettings
+from service.engine.process import EngineProcess, engine_settings
 from service.errors import ServiceError, SettingsInvalid
 from service.golden import find_golden, golden_path
-from service.models import ModelFile, fetch, resolve
+from service.models import ModelFile, fetch, open_verified, resolve
 from service.settings import PREFIX, SETTINGS, Settings, describe_settings, read_settings
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -33,30 +33,18 @@ def _say(line: str) -> None:
 
 def _have_model(settings: Settings) -> ModelFile:
     """The model's file, fetched first if it is one of the catalogue's and not there yet."""
-    model = resolve(settings.model, settings.cache_dir / "models")
-    if model.entry is not None and not model.path.exists():
-        fetch(model.entry, settings.cache_dir / "models")
-        model = resolve(settings.model, settings.cache_dir / "models")
-    return model
-
-
-def _engine_settings(settings: Settings, model: ModelFile) -> EngineSettings:
-    return EngineSettings(
-        model=str(model.path),
-        sha256=settings.model_sha256 or model.sha256,
-        name=settings.model_name,
-        context_length=settings.context_length,
-        threads=settings.threads,
-        state_dir=str(settings.state_dir),
-        adapter=settings.engine_adapter,
-        golden="record",
-    )
+    folder = settings.cache_dir / "models"
+    model = resolve(settings.model, folder)
+    if model.entry is None:
+        return model
+    fetch(model.entry, folder, sys.stderr)
+    return resolve(settings.model, folder)  # now with its digest
 
 
 def _record(settings: Settings, model: ModelFile) -> None:
     """Loads the model once and records its golden answer, unless there is one already."""
     _say(f"Checking {model.path.name} and recording its golden answer, once …")
-    engine = EngineProcess(_engine_settings(settings, model))
+    engine = EngineProcess(engine_settings(settings, golden="record"))
     engine.start()
     try:
         if not engine.wait_ready(1800.0):
@@ -71,9 +59,12 @@ def _record(settings: Settings, model: ModelFile) -> None:
         engine.stop()
 
 
-def _needs_recording(settings: Settings, model: ModelFile) -> bool:
-    """Whether no answer is known; a file whose digest nobody has told yet is asked about when it is loaded."""
-    return model.sha256 is None or find_golden(settings.state_dir, model.sha256) is None
+def _identify(settings: Settings, model: ModelFile) -> str:
+    """The SHA-256 of the model's file, verified; hashing a large file takes a while, once."""
+    _say(f"Verifying {model.path.name} …")
+    verified = open_verified(model.path, settings.model_sha256 or model.sha256, settings.state_dir / "verified")
+    verified.file.close()
+    return verified.sha256
 
 
 def _check_port(settings: Settings) -> None:
@@ -93,15 +84,17 @@ def serve(settings: Settings) -> None:
     """Makes ready what is missing, then becomes gunicorn (the same process, so signals reach it)."""
     _check_port(settings)
     model = _have_model(settings)
-    if _needs_recording(settings, model):
+    sha256 = _identify(settings, model)
+    if find_golden(settings.state_dir, sha256) is None:
         _record(settings, model)
     if model.entry is None and settings.model == "starter":
         _say("The starter model shows that the system works; it knows this project and nothing else.")
     _say(f"Serving on http://{settings.host}:{settings.port} (no keys: loopback only); Ctrl-C ends it.")
     environment = dict(os.environ)
     environment[PREFIX + "ANNOUNCE"] = "1"
-    if model.entry is None and settings.model != "starter":
-        environment[PREFIX + "MODEL"] = str(model.path.resolve())
+    # The very file that was verified, also if the engine is started again after somebody has changed it.
+    environment[PREFIX + "MODEL"] = str(model.path.resolve())
+    environment[PREFIX + "MODEL_SHA256"] = sha256
     os.chdir(_ROOT)
     config = str(_ROOT / "service" / "gunicorn.conf.py")
     os.execve(sys.executable, [sys.executable, "-m", "gunicorn", "-c", config], environment)  # noqa: S606 (meant)

@@ -1,9 +1,15 @@
 """Owns how gunicorn runs the service: one worker process, many threads, hooks that start and stop the engine."""
 
+import sys
+
+from service.errors import SettingsInvalid
 from service.settings import read_settings
 from service.web_worker import WebWorker
 
-_settings = read_settings()
+try:
+    _settings = read_settings()
+except SettingsInvalid as invalid:
+    sys.exit("\n".join(f"error: {problem}" for problem in invalid.problems))
 
 wsgi_app = "service.wsgi:application"
 bind = f"[{_settings.host}]:{_settings.port}" if ":" in _settings.host else f"{_settings.host}:{_settings.port}"

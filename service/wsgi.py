@@ -7,10 +7,9 @@ from collections.abc import Callable
 from service.accounts import Log
 from service.app import create_app
 from service.control import serve_control
-from service.engine.process import EngineProcess, EngineSettings
+from service.engine.process import EngineProcess, engine_settings
 from service.generation import Generator
 from service.metrics import Metrics
-from service.models import resolve
 from service.scheduler import Scheduler
 from service.settings import Settings, read_settings
 
@@ -21,19 +20,7 @@ class Runtime:
     def __init__(self, settings: Settings):
         self.settings = settings
         self.log = Log()
-        model = resolve(settings.model, settings.cache_dir / "models")
-        self.engine = EngineProcess(
-            EngineSettings(
-                model=str(model.path),
-                sha256=settings.model_sha256 or model.sha256,
-                name=settings.model_name,
-                context_length=settings.context_length,
-                threads=settings.threads,
-                state_dir=str(settings.state_dir),
-                adapter=settings.engine_adapter,
-            ),
-            stall_timeout_s=settings.stall_timeout_s,
-        )
+        self.engine = EngineProcess(engine_settings(settings), stall_timeout_s=settings.stall_timeout_s)
         self.scheduler = Scheduler(settings.queue_size)
         self.metrics = Metrics(self.engine, self.scheduler, settings.price_eur_per_hour)
         self.generator = Generator(self.engine, self.scheduler, self.metrics, settings)

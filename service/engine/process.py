@@ -28,6 +28,7 @@ from typing import Any, Literal
 
 from service.engine.interface import Completion, Description, GenerationRequest, Message, Piece
 from service.errors import EngineFailed, EngineLost, RequestMalformed
+from service.settings import Settings
 
 Phase = Literal["starting", "verifying", "loading", "checking", "ready", "restarting", "failed", "stopped"]
 
@@ -43,7 +44,9 @@ _LAST_WORDS_LINES = 5
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What the worker is told at its start; ``golden`` is "check" to serve and "record" to record once."""
+    """What the worker is told at its start: ``model`` is a path or a catalogue name, ``golden`` "check" to serve
+    and "record" to record once.
+    """
 
     model: str
     sha256: str | None
@@ -51,8 +54,24 @@ class EngineSettings:
     context_length: int | None
     threads: int | None
     state_dir: str
+    cache_dir: str
     adapter: str = "service.engine.gpt4all_adapter"
     golden: Literal["check", "record"] = "check"
+
+
+def engine_settings(settings: Settings, golden: Literal["check", "record"] = "check") -> EngineSettings:
+    """The engine's part of the service's settings."""
+    return EngineSettings(
+        model=settings.model,
+        sha256=settings.model_sha256,
+        name=settings.model_name,
+        context_length=settings.context_length,
+        threads=settings.threads,
+        state_dir=str(settings.state_dir),
+        cache_dir=str(settings.cache_dir),
+        adapter=settings.engine_adapter,
+        golden=golden,
+    )
 
 
 @dataclass(frozen=True)

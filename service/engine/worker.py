@@ -23,7 +23,7 @@ from service import golden
 from service.engine import gguf, host
 from service.engine.interface import Engine, GenerationRequest, Message, ModelSpec, Piece, Sampling
 from service.errors import ModelRefused, RequestMalformed, ServiceError
-from service.models import open_verified
+from service.models import open_verified, resolve
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -52,14 +52,15 @@ def load_engine(settings: dict[str, Any], show_phase: Callable[[str], None]) -> 
     Raises ModelRefused with one clear line whenever the file is not what it should be.
     """
     show_phase("verifying")
-    path = Path(settings["model"])
-    verified = open_verified(path, settings["sha256"], Path(settings["state_dir"]) / "verified")
+    model = resolve(settings["model"], Path(settings["cache_dir"]) / "models")
+    stamps = Path(settings["state_dir"]) / "verified"
+    verified = open_verified(model.path, settings["sha256"] or model.sha256, stamps)
     header = gguf.read_header(verified.file)
     context_length = choose_context_length(header, settings["context_length"], host.memory_available_bytes())
     show_phase("loading")
     spec = ModelSpec(
         path=f"/proc/self/fd/{verified.file.fileno()}",
-        name=settings["name"] or header.name or path.stem,
+        name=settings["name"] or header.name or model.path.stem,
         sha256=verified.sha256,
         header=header,
         context_length=context_length,

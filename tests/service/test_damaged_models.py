@@ -20,7 +20,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(path: Path, state_dir: Path, sha256: str | None) -> tuple[EngineState, int]:
     """Where an engine with this file ends up, and how often its process was started again."""
-    settings = EngineSettings(str(path), sha256, None, None, 1, str(state_dir), golden="record")
+    settings = EngineSettings(str(path), sha256, None, None, 1, str(state_dir), str(state_dir), golden="record")
     engine = EngineProcess(settings, load_timeout_s=20)
     engine.start()
     try:
@@ -90,7 +90,7 @@ def test_serve_refuses_a_wrong_model_in_one_line(tmp_path: Path, model: str) -> 
 
 def test_context_that_memory_cannot_hold_is_refused(base: Path, tmp_path: Path) -> None:
     """A context beyond what the file allows is refused before the engine touches the model."""
-    settings = EngineSettings(str(base), None, None, 1 << 20, 1, str(tmp_path), golden="record")
+    settings = EngineSettings(str(base), None, None, 1 << 20, 1, str(tmp_path), str(tmp_path), golden="record")
     engine = EngineProcess(settings)
     engine.start()
     try:

@@ -1,0 +1,261 @@
+"""Owns ``make bench``: every figure is measured beside its baseline in the same run, and stands against its goal."""
+
+import json
+import os
+import selectors
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+
+from service.engine import host
+from tests.bench.model import half_billion, prompt_of
+from tests.service.harness import FAKE, ROOT, Service, free_port, running_service, service_environment
+
+ROUNDS = 5
+PROMPT_LETTERS, ANSWER_TOKENS = 285, 64  # with the template's marks about 300 prompt tokens
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of the report; ``good`` is None where no goal was set."""
+
+    what: str
+    value: str
+    goal: str
+    good: bool | None
+
+
+def median_ms(seconds: list[float]) -> float:
+    return statistics.median(seconds) * 1000
+
+
+def percentile_ms(seconds: list[float], share: float) -> float:
+    return sorted(seconds)[min(len(seconds) - 1, int(len(seconds) * share))] * 1000
+
+
+def raw_request(port: int, prompt: str) -> bytes:
+    body = json.dumps({"prompt": prompt, "max_tokens": 1}).encode()
+    head = f"POST /generate HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
+    return (head + f"Content-Length: {len(body)}\r\n\r\n").encode() + body
+
+
+def read_answer(client: socket.socket) -> bytes:
+    """One answer with a Content-Length."""
+    answer = b""
+    while True:
+        answer += client.recv(65536)
+        head, separator, body = answer.partition(b"\r\n\r\n")
+        if separator:
+            length = next(
+                int(line.split(b":")[1]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length")
+            )
+            if len(body) >= length:
+                return answer
+
+
+def times_s(port: int, request: bytes, count: int) -> list[float]:
+    """Seconds of requests made one after the other on one kept connection."""
+    seconds = []
+    with socket.create_connection(("127.0.0.1", port)) as client:
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for _ in range(count):
+            start_s = time.perf_counter()
+            client.sendall(request)
+            answer = read_answer(client)
+            seconds.append(time.perf_counter() - start_s)
+            assert answer.startswith(b"HTTP/1.1 200"), answer[:300]
+    return seconds
+
+
+def requests_per_s(port: int, request: bytes, connections: int = 8, duration_s: float = 4.0) -> float:
+    """Answers a second over kept connections, each with one request under way."""
+    done, end_s = 0, time.perf_counter() + duration_s
+    with selectors.DefaultSelector() as selector:
+        clients = [socket.create_connection(("127.0.0.1", port)) for _ in range(connections)]
+        for client in clients:
+            selector.register(client, selectors.EVENT_READ)
+            client.sendall(request)
+        while time.perf_counter() < end_s:
+            for key, _ in selector.select(0.1):
+                client = key.fileobj
+                assert isinstance(client, socket.socket)
+                assert read_answer(client).startswith(b"HTTP/1.1 200")
+                done += 1
+                client.sendall(request)
+        for client in clients:
+            client.close()
+    return done / duration_s
+
+
+class Peer:
+    """A baseline in a process of its own that answers lines."""
+
+    def __init__(self, kind: str, model: Path):
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.bench.peers", kind, str(model)],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line == "ready\n":
+                return
+        raise SystemExit(f"the baseline {kind} did not start")
+
+    def tokens_per_s(self, prompt: str) -> float:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps({"prompt": prompt, "max_tokens": ANSWER_TOKENS}) + "\n")
+        self.process.stdin.flush()
+        answer = json.loads(self.process.stdout.readline())
+        assert answer["tokens"] == ANSWER_TOKENS, answer
+        return answer["tokens"] / answer["seconds"]
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+@contextmanager
+def fastapi_server(environment: dict[str, str]) -> Iterator[int]:
+    port = free_port()
+    command = [sys.executable, "-m", "tests.bench.peers", "fastapi", str(port)]
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL) as process:
+        try:
+            end_s = time.monotonic() + 30
+            while time.monotonic() < end_s:
+                try:
+                    socket.create_connection(("127.0.0.1", port)).close()
+                    break
+                except OSError:
+                    time.sleep(0.1)
+            yield port
+        finally:
+            process.kill()
+
+
+def measure_stack() -> Iterator[Figure]:
+    """(a), (c): what the stack adds, beside FastAPI with the same core, and the web process's memory."""
+    with running_service(engine_adapter=FAKE) as service:
+        request = raw_request(service.port, "say x")
+        times_s(service.port, request, 300)
+        seconds = times_s(service.port, request, 2000)
+        added_ms = median_ms(seconds)
+        yield Figure("time that the stack adds to a request, p50", f"{added_ms:.2f} ms", "≤ 1 ms", added_ms <= 1)
+        settings = {"model": service.environment["LLM_MODEL"], "engine_adapter": FAKE}
+        environment = service_environment(service.state_dir, free_port(), **settings)
+        with fastapi_server(environment) as port:
+            other = raw_request(port, "say x")
+            times_s(port, other, 300)
+            pairs = [(requests_per_s(service.port, request), requests_per_s(port, other)) for _ in range(3)]
+        ours, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
+        ratio = statistics.median(a / b for a, b in pairs)
+        text = f"{ratio:.2f} ({ours:.0f} to {theirs:.0f} requests/s)"
+        yield Figure("requests/s over FastAPI + uvicorn, same core", text, "as found", None)
+        resident_mb = service.web.memory_info().rss / 1e6
+        yield Figure("web process, resident", f"{resident_mb:.0f} MB", "≤ 60 MB", resident_mb <= 60)
+
+
+def measure_health(service: Service) -> Figure:
+    """(a): /health while a generation runs."""
+    stop = threading.Event()
+
+    def generate() -> None:
+        while not stop.is_set():
+            service.generate(prompt_of(PROMPT_LETTERS), max_tokens=ANSWER_TOKENS)
+
+    thread = threading.Thread(target=generate)
+    thread.start()
+    time.sleep(0.5)
+    request = f"GET /health HTTP/1.1\r\nHost: 127.0.0.1:{service.port}\r\n\r\n".encode()
+    seconds = []
+    end_s = time.monotonic() + 15
+    while time.monotonic() < end_s:
+        seconds += times_s(service.port, request, 10)
+        time.sleep(0.02)
+    stop.set()
+    thread.join()
+    p99_ms = percentile_ms(seconds, 0.99)
+    return Figure("/health while a 0.5B generates, p99", f"{p99_ms:.1f} ms", "≤ 20 ms", p99_ms <= 20)
+
+
+def read_bandwidth_gb_per_s() -> float:
+    """What the host reads from memory with as many threads as the engine has: the ceiling of decoding."""
+    part = numpy.ones(64_000_000, dtype=numpy.float64)
+    parts = numpy.array_split(part, host.threads_here())
+    best_s = float("inf")
+    for _ in range(5):
+        threads = [threading.Thread(target=piece.sum) for piece in parts]
+        start_s = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        best_s = min(best_s, time.perf_counter() - start_s)
+    return part.nbytes / best_s / 1e9
+
+
+def measure_engine() -> Iterator[Figure]:
+    """(b): tokens a second through HTTP over the bare adapter, and over gpt4all's own generate()."""
+    model = half_billion(ROOT / ".cache" / "bench")
+    weights_gb = model.stat().st_size / 1e9
+    prompt = prompt_of(PROMPT_LETTERS)
+    with running_service(model=model) as service:
+
+        def through_http() -> float:
+            start_s = time.perf_counter()
+            document = service.generate(prompt, max_tokens=ANSWER_TOKENS, temperature=0).json
+            assert document["usage"]["completion_tokens"] == ANSWER_TOKENS, document
+            return ANSWER_TOKENS / (time.perf_counter() - start_s)
+
+        peers = {kind: Peer(kind, model) for kind in ("adapter", "gpt4all")}
+        runs: dict[str, Callable[[], float]] = {
+            "http": through_http,
+            **{kind: lambda peer=peer: peer.tokens_per_s(prompt) for kind, peer in peers.items()},
+        }
+        seen: dict[str, list[float]] = {name: [] for name in runs}
+        for number in range(ROUNDS + 1):
+            for name, run in runs.items():
+                value = run()
+                if number:  # the first round warms up
+                    seen[name].append(value)
+        for peer in peers.values():
+            peer.close()
+        for name, goal in (("adapter", 0.97), ("gpt4all", 1.1)):
+            ratio = statistics.median(a / b for a, b in zip(seen["http"], seen[name], strict=True))
+            what = {"adapter": "the bare adapter", "gpt4all": "gpt4all's generate()"}[name]
+            rates = f"{statistics.median(seen['http']):.1f} to {statistics.median(seen[name]):.1f} tokens/s"
+            yield Figure(f"tokens/s through HTTP over {what}", f"{ratio:.2f} ({rates})", f"≥ {goal}", ratio >= goal)
+        document = service.generate("x", max_tokens=ANSWER_TOKENS, temperature=0).json
+        decode = document["timings"]["tokens_per_second"]
+        limit = read_bandwidth_gb_per_s() / weights_gb
+        share = f"{decode:.1f} of {limit:.0f} tokens/s ({decode / limit:.0%})"
+        yield Figure("decode against the memory's limit", share, "as found", None)
+        yield measure_health(service)
+
+
+def main() -> int:
+    print(f"{os.cpu_count()} CPUs, engine with {host.threads_here()} threads; medians of one run, baselines alternated")
+    figures: list[Figure] = []
+    for measure in (measure_stack, measure_engine):
+        for figure in measure():
+            figures.append(figure)
+            mark = {True: "good", False: "MISSED", None: ""}[figure.good]
+            print(f"  {figure.what:52} {figure.value:38} {figure.goal:9} {mark}", flush=True)
+    return 1 if any(figure.good is False for figure in figures) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
