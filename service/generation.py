@@ -80,7 +80,7 @@ class Generator:
         try:
             ticket = self._admit()
             try:
-                prompt_tokens = self._count(request)
+                prompt_tokens = self._count(request, gone)
                 max_tokens = self._fit(request, prompt_tokens)
                 ticket.declare(Work(prompt_tokens, max_tokens), deadline_s)
             except BaseException:
@@ -108,12 +108,15 @@ class Generator:
             raise Unavailable("engine_failed", state.reason, 60.0)
         return self.scheduler.admit()
 
-    def _count(self, request: GenerateRequest) -> int:
+    def _count(self, request: GenerateRequest, gone: Callable[[], bool]) -> int:
         """Counts, through a restart of the engine if there is one: another request's crash is not this one's."""
         limit_s = time.monotonic() + self.settings.queue_wait_s
         for last_try in (False, True):
-            if not self.engine.wait_ready(max(0.0, limit_s - time.monotonic())):
-                raise Unavailable("loading", self.engine.state.reason, 5.0)
+            while not self.engine.wait_ready(_TICK_S):
+                if self.engine.state.phase in ("failed", "stopped") or time.monotonic() > limit_s:
+                    raise Unavailable("loading", self.engine.state.reason, 5.0)
+                if gone():
+                    raise Unavailable("client_left", "the client has left", 1.0)
             try:
                 return self.engine.count_tokens(request.messages)
             except EngineLost:
@@ -269,7 +272,7 @@ class Generation:
             completion.prefill_s,
             completion.completion_tokens,
             completion.decode_s,
-            self._max_tokens,
+            None if completion.finish_reason == "cancelled" and not self._stop.stopped else self._max_tokens,
         )
         rest = self._stop.flush() if completion.finish_reason != "cancelled" else ""
         return Text(rest) if rest else None

@@ -1,6 +1,7 @@
 """Owns the shape of every error that leaves the service: problem documents (RFC 9457), a closed list of kinds."""
 
 import json
+import math
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -24,7 +25,7 @@ class Problem:
         """Headers that belong to it beside the content type."""
         if self.retry_after_s is None:
             return {}
-        return {"Retry-After": str(max(1, round(self.retry_after_s + 0.499)))}
+        return {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
 
     def body(self, request_id: str) -> bytes:
         """The document."""

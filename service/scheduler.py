@@ -39,9 +39,9 @@ class Speed:
         prefill_s: float,
         completion_tokens: int,
         decode_s: float,
-        max_tokens: int,
+        max_tokens: int | None,
     ) -> None:
-        """Takes in one finished generation (durations in seconds)."""
+        """Takes in one generation (durations in seconds); ``max_tokens`` is None if it was cut from outside."""
         with self._lock:
             if prefill_tokens > 0 and prefill_s > 0:
                 self.prefill_tokens_per_s += _SPEED_MEMORY * (
@@ -51,7 +51,8 @@ class Speed:
                 self.decode_tokens_per_s += _SPEED_MEMORY * (
                     completion_tokens / decode_s - self.decode_tokens_per_s
                 )
-            self._share_used += _SPEED_MEMORY * (min(1.0, completion_tokens / max_tokens) - self._share_used)
+            if max_tokens is not None:
+                self._share_used += _SPEED_MEMORY * (min(1.0, completion_tokens / max_tokens) - self._share_used)
 
     def expected_s(self, work: Work) -> float:
         """How long such a request usually takes."""

@@ -23,6 +23,7 @@ from gunicorn.http import errors as http_errors
 from gunicorn.workers.gthread import TConn, ThreadWorker
 
 from service import problems
+from service.accounts import Log
 
 _WATCH_EVERY_S = 0.25
 
@@ -80,6 +81,7 @@ class WebWorker(ThreadWorker):
     def init_process(self) -> None:
         self._deadlines = _Deadlines()
         self._current = threading.local()
+        self._lines = Log()
         threading.Thread(target=self._deadlines.watch, name="slow-clients", daemon=True).start()
         super().init_process()
 
@@ -131,9 +133,9 @@ class WebWorker(ThreadWorker):
             problem = problems.describe_status(status, "the request is not valid HTTP")
         else:
             problem = problems.describe_error(Exception())
+            self._lines.write_failure(request_id, exc)
         # The type alone: the text may quote what the client sent.
-        failure = {"event": "bad-request" if problem.status < 500 else "failure", "id": request_id}
-        self.log.warning("%s", json.dumps({**failure, "status": problem.status, "error": type(exc).__name__}))
+        self._lines.write("bad-request", id=request_id, status=problem.status, error=type(exc).__name__)
         try:
             util.write_nonblock(client, _render(problem, request_id))
         except OSError:

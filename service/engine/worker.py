@@ -76,6 +76,7 @@ class Worker:
         self._connection = connection
         self._send_lock = threading.Lock()
         self._jobs: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._under_way: set[int] = set()  # waiting for a slot or in one
         self._cancelled: set[int] = set()
         self._engine: Engine | None = None
 
@@ -95,8 +96,9 @@ class Worker:
             message = self._receive()
             match message["type"]:
                 case "generate":
+                    self._under_way.add(message["id"])
                     self._jobs.put(message)
-                case "cancel":
+                case "cancel" if message["id"] in self._under_way:
                     self._cancelled.add(message["id"])
                 case "count":
                     self._count(message)
@@ -159,6 +161,7 @@ class Worker:
         except Exception as error:  # told to the one request it belongs to
             self.send(type="failed", id=identity, error=f"{type(error).__name__}: {error}")
         finally:
+            self._under_way.discard(identity)
             self._cancelled.discard(identity)
 
     def _count(self, message: dict[str, Any]) -> None:
