@@ -1,0 +1,140 @@
+"""``python -m service serve``, which ``make serve`` runs: from the command to the printed line and back to nothing."""
+
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.service.harness import ROOT, free_port, service_environment, write_small_model
+
+
+class Terminal:
+    """A running command whose stderr is gathered line by line."""
+
+    def __init__(self, process: subprocess.Popen[str]):
+        self.process = process
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.lines.append(line.rstrip("\n"))
+
+    def wait_line(self, part: str, timeout_s: float = 30.0) -> str:
+        end_s = time.monotonic() + timeout_s
+        while time.monotonic() < end_s:
+            for line in self.lines:
+                if part in line:
+                    return line
+            time.sleep(0.02)
+        raise AssertionError(f"no line with {part!r}: {self.lines}")
+
+
+@contextmanager
+def serving(state_dir: Path, port: int, **settings: Any) -> Iterator[Terminal]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "service", "serve"],
+        cwd=ROOT,
+        env=service_environment(state_dir, port, **settings),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield Terminal(process)
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(20)
+        assert process.stderr is not None
+        process.stderr.close()
+
+
+def test_printed_curl_line_works_as_printed(tmp_path: Path) -> None:
+    """The line that is printed once the model is ready gets text when it is pasted into a shell."""
+    if shutil.which("curl") is None:
+        pytest.skip("did not run: curl is not installed (Debian: sudo apt-get install curl)")
+    with serving(tmp_path, free_port()) as terminal:
+        line = terminal.wait_line("curl -s").strip()
+        done = subprocess.run(["sh", "-c", line], capture_output=True, timeout=30)
+        document = json.loads(done.stdout)
+        assert document["response"].strip()
+        assert document["finish_reason"] == "stop"
+        assert any("starter" in said for said in terminal.lines)
+
+
+def test_ctrl_c_ends_everything(tmp_path: Path) -> None:
+    """Ctrl-C, which reaches the whole foreground group, ends gunicorn and engine quickly and without a traceback."""
+    with serving(tmp_path, free_port()) as terminal:
+        terminal.wait_line("curl -s")
+        family = psutil.Process(terminal.process.pid).children(recursive=True)
+        assert len(family) >= 2
+        start_s = time.monotonic()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        psutil.Process(terminal.process.pid).send_signal(signal.SIGINT)
+        for process in family:
+            if "gunicorn" in " ".join(process.cmdline()):
+                process.send_signal(signal.SIGINT)
+        assert terminal.process.wait(10) in (0, 130, -signal.SIGINT)
+        assert time.monotonic() - start_s < 5
+        _, alive = psutil.wait_procs(family, timeout=5)
+        assert not alive
+        assert not any("Traceback" in line for line in terminal.lines)
+
+
+def test_own_model_is_recorded_once_in_a_visible_step(tmp_path: Path) -> None:
+    """The first start with a file of one's own records its golden answer and says so; the second start checks it."""
+    model = write_small_model(tmp_path)
+    with serving(tmp_path, free_port(), model=model) as terminal:
+        terminal.wait_line("recording its golden answer, once")
+        terminal.wait_line("curl -s")
+    with serving(tmp_path, free_port(), model=model) as terminal:
+        terminal.wait_line("curl -s")
+        assert not any("golden" in line for line in terminal.lines)
+
+
+def test_changed_model_is_recorded_as_another(tmp_path: Path) -> None:
+    """A file that was replaced is another model with a golden answer of its own."""
+    model = write_small_model(tmp_path)
+    with serving(tmp_path, free_port(), model=model) as terminal:
+        terminal.wait_line("curl -s")
+    data = bytearray(model.read_bytes())
+    data[-100] ^= 1
+    model.write_bytes(data)
+    with serving(tmp_path, free_port(), model=model) as terminal:
+        terminal.wait_line("recording its golden answer, once")
+        terminal.wait_line("curl -s")
+    assert len(list((tmp_path / "golden").iterdir())) == 2
+
+
+def test_taken_port_is_told(tmp_path: Path) -> None:
+    """A port in use: one line that says so and what to type instead."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        with serving(tmp_path, other.getsockname()[1]) as terminal:
+            line = terminal.wait_line("error: ")
+            assert "make serve PORT=" in line
+            assert terminal.process.wait(10) == 1
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3"])
+def test_other_hosts_are_refused(tmp_path: Path, host: str) -> None:
+    """Anything but loopback is refused, with the reason, before anything listens."""
+    with serving(tmp_path, free_port(), host=host) as terminal:
+        assert "no keys yet" in terminal.wait_line("error: ")
+        assert terminal.process.wait(10) == 2
