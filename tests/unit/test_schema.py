@@ -52,7 +52,7 @@ def test_system_comes_first() -> None:
         b'{"prompt": "x", "temperature": Infinity}',
         b'{"prompt": "a", "prompt": "b"}',
         b"[" * 5000,
-        b'{"a":' * 3000 + b"1" + b"}" * 3000,
+        b'{"a":' * 14_000 + b"1" + b"}" * 14_000,
         b'{"prompt": "x", "max_tokens": ' + b"9" * 5000 + b"}",
         b'{"prompt": "tab\there"}',
     ],
