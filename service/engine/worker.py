@@ -13,6 +13,7 @@ import queue
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from multiprocessing.connection import Connection
@@ -26,6 +27,7 @@ from service.errors import ModelRefused, RequestMalformed, ServiceError
 from service.models import open_verified, resolve
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_SIGN_OF_LIFE_EVERY_S = 0.25
 
 
 def choose_context_length(header: gguf.GgufHeader, asked: int | None, memory_bytes: int) -> int:
@@ -144,11 +146,16 @@ class Worker:
     def _generate(self, message: dict[str, Any]) -> None:
         identity = message["id"]
 
+        last_sign_s = time.monotonic()
+
         def on_piece(piece: Piece) -> None:
             self.send(type="piece", id=identity, text=piece.text, tokens=piece.completion_tokens)
 
         def on_prefill(tokens: int) -> None:
-            self.send(type="prefill", id=identity, tokens=tokens)
+            nonlocal last_sign_s
+            if time.monotonic() - last_sign_s > _SIGN_OF_LIFE_EVERY_S:
+                last_sign_s = time.monotonic()
+                self.send(type="prefill", id=identity, tokens=tokens)
 
         try:
             request = GenerationRequest(

@@ -1,0 +1,69 @@
+"""What the engine's worker decides before it loads: context length against file and memory; golden answers."""
+
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+
+from service import golden
+from service.engine import gguf
+from service.engine.worker import choose_context_length
+from service.errors import ModelRefused
+from tests.fake_engine import FakeEngine
+from tests.gguf_writer import small_model
+
+HEADER = gguf.read_header(BytesIO(small_model().to_bytes()))
+PLENTY = 1 << 40
+
+
+def test_default_is_all_that_the_file_allows() -> None:
+    """With memory in plenty the context is the file's."""
+    assert choose_context_length(HEADER, None, PLENTY) == HEADER.context_length
+
+
+def test_memory_cuts_the_default() -> None:
+    """Without a wish the context shrinks to what the memory holds."""
+    whole = gguf.required_memory_bytes(HEADER, HEADER.context_length)
+    half = gguf.required_memory_bytes(HEADER, HEADER.context_length // 2)
+    assert 0 < choose_context_length(HEADER, None, (whole + half) // 2) < HEADER.context_length
+
+
+def test_wish_is_taken_or_refused_whole() -> None:
+    """A context that was asked for is opened as asked or refused, never cut."""
+    assert choose_context_length(HEADER, 64, PLENTY) == 64
+    with pytest.raises(ModelRefused, match="context ends at"):
+        choose_context_length(HEADER, HEADER.context_length + 1, PLENTY)
+    with pytest.raises(ModelRefused, match="GB of memory"):
+        choose_context_length(HEADER, HEADER.context_length, gguf.required_memory_bytes(HEADER, 64) - 1)
+
+
+def test_too_big_for_the_memory_is_told_with_figures() -> None:
+    """A model that does not fit at all is refused with what it needs and what is free."""
+    with pytest.raises(ModelRefused, match=r"needs [0-9.]+ GB of memory .* 0\.00 GB are free"):
+        choose_context_length(HEADER, None, 1000)
+
+
+def test_golden_answer_is_kept_by_digest(tmp_path: Path) -> None:
+    """What was recorded for one digest is found by it and by no other."""
+    made = golden.record(FakeEngine())
+    golden.save_golden(tmp_path, "a" * 64, made)
+    assert golden.find_golden(tmp_path, "a" * 64) == made
+    assert golden.find_golden(tmp_path, "b" * 64) is None
+
+
+def test_other_answer_is_refused(tmp_path: Path) -> None:
+    """An engine that says anything else than what was recorded is refused."""
+    made = golden.record(FakeEngine())
+    golden.check(FakeEngine(), made)
+    with pytest.raises(ModelRefused, match="golden answer is wrong"):
+        golden.check(FakeEngine(), golden.Golden(made.prompt, made.max_tokens, made.response + "."))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"prompt": "x"}', '{"prompt": "x", "max_tokens": "many"}'])
+def test_unreadable_record_is_refused(tmp_path: Path, text: str) -> None:
+    """A damaged record is no record to pass by: it is told."""
+    path = golden.golden_path(tmp_path, "a" * 64)
+    path.parent.mkdir()
+    path.write_text(text)
+    with pytest.raises(ModelRefused, match="record it again"):
+        golden.find_golden(tmp_path, "a" * 64)
