@@ -1,6 +1,7 @@
 """Owns what this host lets an engine have: threads (affinity, CPU quota) and memory (free, cgroup limit)."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -21,6 +22,26 @@ def _ancestors(mount: Path, group: str) -> list[Path]:
     return [folder for folder in dict.fromkeys(folders) if folder.is_dir()] or [mount]
 
 
+def _groups(controller: str, proc_cgroup: Path, cgroup_root: Path) -> Iterator[tuple[int, Path]]:
+    """This process's groups that the controller may limit, as (cgroup version, folder), ancestors included."""
+    try:
+        lines = proc_cgroup.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        hierarchy, _, rest = line.partition(":")
+        controllers, _, group = rest.partition(":")
+        if hierarchy == "0" and not controllers:
+            version, mounts = 2, (cgroup_root, cgroup_root / "unified")
+        elif controller in controllers.split(","):
+            version, mounts = 1, (cgroup_root / controller, cgroup_root / controllers)
+        else:
+            continue
+        for mount in dict.fromkeys(mounts):
+            for folder in _ancestors(mount, group):
+                yield version, folder
+
+
 def cgroup_cpu_quota(
     proc_cgroup: Path = Path("/proc/self/cgroup"), cgroup_root: Path = Path("/sys/fs/cgroup")
 ) -> float | None:
@@ -30,26 +51,13 @@ def cgroup_cpu_quota(
     Documentation/scheduler/sched-bwc.rst (``cpu.cfs_quota_us``, ``cpu.cfs_period_us``).
     """
     quotas = []
-    try:
-        lines = proc_cgroup.read_text().splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        hierarchy, _, rest = line.partition(":")
-        controllers, _, group = rest.partition(":")
-        if hierarchy == "0" and not controllers:
-            for mount in (cgroup_root, cgroup_root / "unified"):
-                for folder in _ancestors(mount, group):
-                    words = _read_words(folder / "cpu.max")
-                    if len(words) == 2 and words[0] != "max":
-                        quotas.append(int(words[0]) / int(words[1]))
-        elif "cpu" in controllers.split(","):
-            for mount in (cgroup_root / "cpu", cgroup_root / controllers):
-                for folder in _ancestors(mount, group):
-                    quota = _read_words(folder / "cpu.cfs_quota_us")
-                    period = _read_words(folder / "cpu.cfs_period_us")
-                    if quota and period and int(quota[0]) > 0 and int(period[0]) > 0:
-                        quotas.append(int(quota[0]) / int(period[0]))
+    for version, folder in _groups("cpu", proc_cgroup, cgroup_root):
+        if version == 2:
+            words = _read_words(folder / "cpu.max")
+        else:
+            words = _read_words(folder / "cpu.cfs_quota_us") + _read_words(folder / "cpu.cfs_period_us")
+        if len(words) == 2 and words[0] not in ("max", "-1"):
+            quotas.append(int(words[0]) / int(words[1]))
     return min(quotas) if quotas else None
 
 
@@ -76,28 +84,15 @@ def cgroup_memory_available_bytes(
     Page cache that the group holds can be given back, so it does not count as used.
     """
     left = []
-    try:
-        lines = proc_cgroup.read_text().splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        hierarchy, _, rest = line.partition(":")
-        controllers, _, group = rest.partition(":")
-        if hierarchy == "0" and not controllers:
-            mounts, names = (cgroup_root, cgroup_root / "unified"), ("memory.max", "memory.current")
-        elif "memory" in controllers.split(","):
-            mounts, names = (cgroup_root / "memory",), ("memory.limit_in_bytes", "memory.usage_in_bytes")
-        else:
-            continue
-        for mount in mounts:
-            for folder in _ancestors(mount, group):
-                limit, used = (_read_words(folder / name) for name in names)
-                # v1 writes "no limit" as a number just below 2**63
-                if limit and used and limit[0] != "max" and int(limit[0]) < 1 << 60:
-                    stat = _read_words(folder / "memory.stat")
-                    files = dict(zip(stat[::2], stat[1::2], strict=False))
-                    cache = int(files.get("total_inactive_file", files.get("inactive_file", 0)))
-                    left.append(max(0, int(limit[0]) - int(used[0]) + cache))
+    for version, folder in _groups("memory", proc_cgroup, cgroup_root):
+        names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        limit, used = (_read_words(folder / name) for name in names)
+        # v1 writes "no limit" as a number just below 2**63
+        if limit and used and limit[0] != "max" and int(limit[0]) < 1 << 60:
+            stat = _read_words(folder / "memory.stat")
+            files = dict(zip(stat[::2], stat[1::2], strict=False))
+            cache = int(files.get("total_inactive_file", files.get("inactive_file", 0)))
+            left.append(max(0, int(limit[0]) - int(used[0]) + cache))
     return min(left) if left else None
 
 
