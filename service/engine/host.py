@@ -5,6 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
+_REST_OF_HOST_BYTES = 1_000_000_000
+
+
 def _read_words(path: Path) -> list[str]:
     try:
         return path.read_text().split()
@@ -96,9 +99,13 @@ def cgroup_memory_available_bytes(
     return min(left) if left else None
 
 
-def memory_available_bytes() -> int:
-    """Bytes that a new process may take here: the machine's MemAvailable, cut by the cgroup's limit."""
+def memory_for_engine_bytes() -> int:
+    """Bytes that an engine may take: MemAvailable, cut by the cgroup's limit, less what the rest of the host needs.
+
+    The rest is 1 GB (proxy, metrics, containers that start after the engine), on small hosts a quarter.
+    """
     words = _read_words(Path("/proc/meminfo"))
     machine = int(words[words.index("MemAvailable:") + 1]) * 1024
     group = cgroup_memory_available_bytes()
-    return machine if group is None else min(machine, group)
+    available = machine if group is None else min(machine, group)
+    return available - min(_REST_OF_HOST_BYTES, available // 4)

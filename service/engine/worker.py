@@ -58,7 +58,7 @@ def load_engine(settings: dict[str, Any], show_phase: Callable[[str], None]) -> 
     stamps = Path(settings["state_dir"]) / "verified"
     verified = open_verified(model.path, settings["sha256"] or model.sha256, stamps)
     header = gguf.read_header(verified.file)
-    context_length = choose_context_length(header, settings["context_length"], host.memory_available_bytes())
+    context_length = choose_context_length(header, settings["context_length"], host.memory_for_engine_bytes())
     show_phase("loading")
     spec = ModelSpec(
         path=f"/proc/self/fd/{verified.file.fileno()}",

@@ -73,6 +73,20 @@ def test_sigterm_alone_lets_streams_end(fake: Service) -> None:
     assert fake.process.wait(10) == 0
 
 
+def test_ctrl_c_mid_stream_is_quick(fake: Service) -> None:
+    """Ctrl-C (SIGINT to the whole foreground group) does not wait for answers; nothing outlives it."""
+    with fake.open_generate("pause 0.1", max_tokens=400, stream=True):
+        fake.wait_running(1)
+        web, engine = fake.web, fake.engine
+        start_s = time.monotonic()
+        web.send_signal(signal.SIGINT)
+        fake.process.send_signal(signal.SIGINT)
+        assert fake.process.wait(10) in (0, -signal.SIGINT)
+        _, alive = psutil.wait_procs([web, engine], timeout=3)
+        assert not alive
+        assert time.monotonic() - start_s < 4
+
+
 def test_idle_stop_is_quick(fake: Service) -> None:
     """Without requests SIGTERM ends everything within 3 s, exit code 0."""
     start_s = time.monotonic()

@@ -7,7 +7,7 @@ import pytest
 from service.engine.host import (
     cgroup_cpu_quota,
     cgroup_memory_available_bytes,
-    memory_available_bytes,
+    memory_for_engine_bytes,
     threads_here,
     usable_threads,
 )
@@ -84,4 +84,4 @@ def test_memory_v1_no_limit(tmp_path: Path) -> None:
 def test_here() -> None:
     """On this host both answers are positive."""
     assert threads_here() >= 1
-    assert memory_available_bytes() > 0
+    assert memory_for_engine_bytes() > 0
