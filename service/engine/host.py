@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-
 _REST_OF_HOST_BYTES = 1_000_000_000
 
 
