@@ -3,6 +3,9 @@
 import select
 import socket
 
+# A client that reads nothing for so long has gone, whatever its socket says; its slot is needed by others.
+_LONGEST_WRITE_S = 60.0
+
 
 class ClientWatch:
     """Peeks at the socket without taking a byte from it; without a socket nobody ever seems gone.
@@ -15,6 +18,7 @@ class ClientWatch:
         self._client = client
         self._gone = False
         if client is not None:
+            client.settimeout(_LONGEST_WRITE_S)
             self._poll = select.poll()
             self._poll.register(client, select.POLLRDHUP)
 

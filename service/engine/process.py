@@ -1,32 +1,29 @@
-"""Owns the life of the engine's process as the web process sees it: spawn, watch, restart with back-off, and its pipe.
+"""Owns the life of the engine's process as the web process sees it: spawn, watch, restart with back-off.
 
 One supervisor thread lives as long as the service. It spawns the worker (a parent-death signal is bound to the spawning
-*thread*), reads every message and hands it to the request it belongs to. An engine that dies fails the requests that it
-was running, at once, and is started again; one that cannot start ends in ``failed`` with the reason.
+*thread*) and follows its control line. Once the worker is ready it hands over one line for counting and one for each
+slot; the thread that serves a request reads its slot's line itself. An engine that dies ends all its lines, so the
+requests that it was running fail at once; it is started again, or ends in ``failed`` with the reason.
 
-Messages to the worker: settings (first), count, generate, cancel. From it: phase, ready, refused, counted, malformed,
-prefill, piece, done, failed. JSON and not pickle: a hostile model file that took over the engine must not get
-a way to run code in the web process.
+Messages: control: settings → phase, ready, refused ←; count line: count → counted, malformed, failed ←; slot line:
+generate, cancel → prefill, piece, done, failed ←.
 """
 
-import itertools
-import json
 import os
 import queue
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from multiprocessing.connection import Connection
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from service.engine.interface import Completion, Description, GenerationRequest, Message, Piece
+from service.engine.line import Line, line_pair
 from service.errors import EngineFailed, EngineLost, RequestMalformed
 from service.settings import Settings
 
@@ -82,12 +79,24 @@ class EngineState:
     reason: str
 
 
-class Stream:
-    """One running generation: pull from it, or cancel it."""
+@dataclass
+class _Life:
+    """One life of the worker; ``reason`` says why it ended once ``ended`` is set."""
 
-    def __init__(self, engine: "EngineProcess", identity: int, stall_timeout_s: float):
-        self._engine, self._identity, self._stall_timeout_s = engine, identity, stall_timeout_s
-        self._messages: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    child: "subprocess.Popen[bytes]"
+    control: Line
+    counting: Line | None = None
+    counting_lock: threading.Lock = field(default_factory=threading.Lock)
+    free_slots: "queue.SimpleQueue[Line]" = field(default_factory=queue.SimpleQueue)
+    ended: threading.Event = field(default_factory=threading.Event)
+    reason: str = "the engine's process has ended"
+
+
+class Stream:
+    """One running generation: pull from it, or cancel it; used by one thread."""
+
+    def __init__(self, engine: "EngineProcess", life: _Life, line: Line, stall_timeout_s: float):
+        self._engine, self._life, self._line, self._stall_timeout_s = engine, life, line, stall_timeout_s
         self._last_sign_s = time.monotonic()
 
     def next(self, timeout_s: float) -> Piece | Completion | None:
@@ -96,31 +105,32 @@ class Stream:
         Raises EngineLost if the engine died or shows no sign of life, EngineFailed if it gave up on this request.
         """
         try:
-            message = self._messages.get(timeout=timeout_s)
-        except queue.Empty:
+            message = self._line.receive(timeout_s)
+        except (EOFError, OSError) as error:
+            raise self._engine.lost(self._life) from error
+        if message is None:
             if time.monotonic() - self._last_sign_s > self._stall_timeout_s:
                 self._engine.kill()
-                raise EngineLost(f"the engine gave no sign of life for {self._stall_timeout_s:.0f} s") from None
+                raise EngineLost(f"the engine gave no sign of life for {self._stall_timeout_s:.0f} s")
             return None
         self._last_sign_s = time.monotonic()
         match message["type"]:
             case "piece":
                 return Piece(message["text"], message["tokens"])
             case "done":
+                self._life.free_slots.put(self._line)
                 return Completion(**message["completion"])
-            case "lost":
-                raise EngineLost(message["error"])
             case "failed":
+                self._life.free_slots.put(self._line)
                 raise EngineFailed(message["error"])
         return None  # prefill: a sign of life
 
     def cancel(self) -> None:
         """Asks the engine to stop; it does within one token, or one batch of the prefill."""
-        self._engine.forget(self._identity)
-
-    def put(self, message: dict[str, Any]) -> None:
-        """Called by the supervisor."""
-        self._messages.put(message)
+        try:
+            self._line.send(type="cancel")
+        except OSError:
+            pass  # an engine that is gone has nothing to cancel
 
 
 class EngineProcess:
@@ -129,15 +139,10 @@ class EngineProcess:
     def __init__(self, settings: EngineSettings, load_timeout_s: float = 900.0, stall_timeout_s: float = 60.0):
         self._settings = settings
         self._load_timeout_s, self._stall_timeout_s = load_timeout_s, stall_timeout_s
-        self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
+        self._changed = threading.Condition()
         self._state = EngineState("starting", "the engine is starting")
         self._description: Description | None = None
-        self._identities = itertools.count(1)
-        self._waiting: dict[int, Stream | queue.SimpleQueue[dict[str, Any]]] = {}
-        self._connection: Connection | None = None
-        self._send_lock = threading.Lock()
-        self._child: subprocess.Popen[bytes] | None = None
+        self._life: _Life | None = None
         self._stopping = threading.Event()
         self._supervisor = threading.Thread(target=self._supervise, name="engine-supervisor", daemon=True)
         self.restarts = 0
@@ -147,24 +152,19 @@ class EngineProcess:
 
     def stop(self, timeout_s: float = 5.0) -> None:
         """Ends the engine; whatever it was running is lost."""
-        self._stopping.set()
-        with self._lock:
-            connection = self._connection
-            self._changed.notify_all()
-        if connection is not None:
-            self._hang_up(connection)
+        with self._changed:
+            self._stopping.set()
+            if self._life is not None:
+                self._life.control.hang_up()
         if self._supervisor.is_alive():
-            self._supervisor.join(timeout_s)
-        if self._supervisor.is_alive():
-            self.kill()
             self._supervisor.join(timeout_s)
 
     def kill(self) -> None:
-        """Kills an engine that hangs; the supervisor sees the end of its pipe and starts another."""
-        child = self._child
-        if child is not None and child.poll() is None:
-            child.kill()
-            self._note_end(self._connection)
+        """Kills an engine that hangs; the supervisor sees the end of its line and starts another."""
+        life = self._life
+        if life is not None:
+            life.child.kill()
+            self._note_end(life)
 
     @property
     def state(self) -> EngineState:
@@ -172,8 +172,8 @@ class EngineProcess:
 
     @property
     def pid(self) -> int | None:
-        child = self._child
-        return child.pid if child is not None and child.returncode is None else None
+        life = self._life
+        return None if life is None else life.child.pid
 
     def describe(self) -> Description | None:
         """What runs, or ran before a restart; None until the first load."""
@@ -181,6 +181,8 @@ class EngineProcess:
 
     def wait_ready(self, timeout_s: float) -> bool:
         """Waits until the engine is ready, or has failed for good, or the time is over; tells whether it is ready."""
+        if self._state.phase == "ready":
+            return True
         with self._changed:
             self._changed.wait_for(lambda: self._state.phase in ("ready", "failed", "stopped"), timeout_s)
             return self._state.phase == "ready"
@@ -193,76 +195,58 @@ class EngineProcess:
 
     def count_tokens(self, messages: Sequence[Message], timeout_s: float = 10.0) -> int:
         """Exact prompt tokens. Raises RequestMalformed, EngineLost or EngineFailed."""
-        answers: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        identity = self._register(answers)
-        try:
-            self._send(type="count", id=identity, messages=[asdict(message) for message in messages])
-            answer = answers.get(timeout=timeout_s)
-        except queue.Empty:
-            self.kill()
-            raise EngineLost(f"the engine did not count a prompt within {timeout_s:.0f} s") from None
-        finally:
-            self._unregister(identity)
+        life = self._ready_life()
+        assert life.counting is not None
+        with life.counting_lock:
+            try:
+                life.counting.send(type="count", messages=[asdict(message) for message in messages])
+                answer = life.counting.receive(timeout_s)
+            except (EOFError, OSError) as error:
+                raise self.lost(life) from error
+            if answer is None:
+                self.kill()
+                raise EngineLost(f"the engine did not count a prompt within {timeout_s:.0f} s")
         match answer["type"]:
             case "counted":
                 return int(answer["tokens"])
             case "malformed":
                 raise RequestMalformed(answer["error"])
-            case "lost":
-                raise EngineLost(answer["error"])
         raise EngineFailed(answer["error"])
 
     def generate(self, request: GenerationRequest) -> Stream:
-        """Starts a generation in a slot that the caller holds. Raises EngineLost if there is no engine now."""
-        identity = next(self._identities)
-        stream = Stream(self, identity, self._stall_timeout_s)
-        self._register(stream, identity)
+        """Starts a generation; the scheduler has seen to it that a slot is free.
+
+        Raises EngineLost if there is no engine now.
+        """
+        life = self._ready_life()
         try:
-            self._send(
-                type="generate",
-                id=identity,
-                messages=[asdict(message) for message in request.messages],
-                max_tokens=request.max_tokens,
-                sampling=asdict(request.sampling),
-            )
-        except EngineLost:
-            self._unregister(identity)
-            raise
-        return stream
-
-    def forget(self, identity: int) -> None:
-        """Cancels a generation; an engine that is gone has nothing to cancel."""
+            line = life.free_slots.get_nowait()
+        except queue.Empty as error:
+            raise EngineFailed("more generations were started than the engine has slots") from error
         try:
-            self._send(type="cancel", id=identity)
-        except EngineLost:
-            pass
-
-    def _register(self, waiter: "Stream | queue.SimpleQueue[dict[str, Any]]", identity: int | None = None) -> int:
-        identity = next(self._identities) if identity is None else identity
-        with self._lock:
-            self._waiting[identity] = waiter
-        return identity
-
-    def _unregister(self, identity: int) -> None:
-        with self._lock:
-            self._waiting.pop(identity, None)
-
-    def _send(self, **message: Any) -> None:
-        connection = self._connection
-        if connection is None or self._state.phase != "ready":
-            raise EngineLost(self._state.reason)
-        try:
-            with self._send_lock:
-                connection.send_bytes(json.dumps(message).encode())
+            line.send(type="generate", **asdict(request))
         except OSError as error:
-            self._note_end(connection)
-            raise EngineLost("the engine's process has ended") from error
+            raise self.lost(life) from error
+        return Stream(self, life, line, self._stall_timeout_s)
 
-    def _note_end(self, connection: Connection | None) -> None:
+    def lost(self, life: _Life) -> EngineLost:
+        """The error for a request whose line has ended, with the reason once the supervisor knows it."""
+        life.child.kill()  # a line may end for other reasons than death; then this life is of no use any more
+        self._note_end(life)
+        life.ended.wait(5.0)
+        return EngineLost(life.reason)
+
+    def _ready_life(self) -> _Life:
+        life, state = self._life, self._state
+        if life is None or state.phase != "ready":
+            raise EngineLost(state.reason)
+        return life
+
+    def _note_end(self, life: _Life) -> None:
         """Whoever sees the end first says so: until the supervisor has seen it too, nobody may think it is ready."""
         with self._changed:
-            if connection is self._connection and self._state.phase == "ready":
-                self._state = EngineState("restarting", "the engine's process has ended")
+            if life is self._life and self._state.phase == "ready":
+                self._state = EngineState("restarting", life.reason)
                 self._changed.notify_all()
 
     def _set_state(self, phase: Phase, reason: str) -> None:
@@ -276,7 +260,11 @@ class EngineProcess:
         failed_starts, ends_s = 0, deque[float]()
         while not self._stopping.is_set():
             self._set_state("starting", "the engine is starting")
-            was_ready, refusal = self._run_once()
+            try:
+                was_ready, refusal = self._run_once()
+            except OSError as error:  # no process or no pipe could be made: try again as after a crash
+                was_ready, refusal = False, None
+                self._set_state("restarting", f"the engine's process could not be started: {error}")
             if self._stopping.is_set():
                 break
             if refusal is not None:
@@ -297,83 +285,74 @@ class EngineProcess:
 
     def _run_once(self) -> tuple[bool, str | None]:
         """One life of the worker: whether it became ready, and its refusal if it refused the model."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            child = subprocess.Popen(
-                [sys.executable, "-m", "service.engine.worker", str(theirs.fileno()), str(os.getpid())],
-                cwd=_ROOT,
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                env={name: os.environ[name] for name in _INHERITED_VARIABLES if name in os.environ},
-                # A Ctrl-C in the terminal is for the service; it decides when the engine goes.
-                start_new_session=True,
-            )
-        connection = Connection(ours.detach())
+        control, theirs = line_pair()
+        try:
+            child = _spawn(theirs)
+        finally:
+            os.close(theirs)
+        life = _Life(child, control)
         last_words: deque[str] = deque(maxlen=_LAST_WORDS_LINES)
         listener = threading.Thread(target=_listen, args=(child, last_words), daemon=True)
         listener.start()
-        with self._lock:
-            self._child, self._connection = child, connection
         watchdog = threading.Timer(self._load_timeout_s, child.kill)
         watchdog.daemon = True
         watchdog.start()
+        with self._changed:
+            self._life = life
+            if self._stopping.is_set():
+                control.hang_up()
         was_ready, refusal = False, None
         try:
-            if not self._stopping.is_set():
-                connection.send_bytes(json.dumps(asdict(self._settings)).encode())
-            while not self._stopping.is_set():
-                message = json.loads(connection.recv_bytes())
+            control.send(**asdict(self._settings))
+            while (message := control.receive()) is not None:
                 match message["type"]:
                     case "phase":
                         self._set_state(message["phase"], f"the engine is {message['phase']} the model")
                     case "ready":
                         watchdog.cancel()
-                        was_ready = True
                         last_words.clear()  # what it said while it loaded did not kill it
-                        self._description = Description(**message["description"])
+                        self._take_lines(life, Description(**message["description"]))
+                        was_ready = True
                         self._set_state("ready", "the engine is ready")
                     case "refused":
                         refusal = message["reason"]
                         break
-                    case _:
-                        self._deliver(message)
         except (EOFError, OSError):
             pass  # the worker is gone; why, its exit code says below
         finally:
             watchdog.cancel()
-            self._hang_up(connection)
+            control.hang_up()
             _reap(child)
             listener.join(1.0)
         words = "; ".join(line for line in last_words if line.strip())
-        reason = f"the engine ended {_describe_exit(child.returncode)}" + (f" ({words})" if words else "")
+        life.reason = f"the engine ended {_describe_exit(child.returncode)}" + (f" ({words})" if words else "")
         with self._changed:
-            self._state = EngineState("restarting", reason)
-            self._connection = None
-            lost, self._waiting = self._waiting, {}
+            self._life = None
+            self._state = EngineState("restarting", life.reason)
             self._changed.notify_all()
-        connection.close()
-        for waiter in lost.values():
-            waiter.put({"type": "lost", "error": reason})
+        life.ended.set()
+        control.close()
         return was_ready, refusal
 
-    @staticmethod
-    def _hang_up(connection: Connection) -> None:
-        """Ends the pipe in both directions, so that both ends wake up; the descriptor stays ours until it is closed."""
-        try:
-            with socket.socket(fileno=os.dup(connection.fileno())) as end:
-                end.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # already ended
+    def _take_lines(self, life: _Life, description: Description) -> None:
+        life.counting, *slots = life.control.receive_lines(1 + description.slots)
+        for line in slots:
+            life.free_slots.put(line)
+        self._description = description
 
-    def _deliver(self, message: dict[str, Any]) -> None:
-        final = message["type"] not in ("piece", "prefill")
-        with self._lock:
-            identity = message["id"]
-            waiter = self._waiting.pop(identity, None) if final else self._waiting.get(identity)
-        if waiter is not None:
-            waiter.put(message)
+
+def _spawn(descriptor: int) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "service.engine.worker", str(descriptor), str(os.getpid())],
+        cwd=_ROOT,
+        pass_fds=[descriptor],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env={name: os.environ[name] for name in _INHERITED_VARIABLES if name in os.environ},
+        # A Ctrl-C in the terminal is for the service; it decides when the engine goes.
+        start_new_session=True,
+    )
 
 
 def _reap(child: "subprocess.Popen[bytes]") -> None:

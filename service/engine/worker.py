@@ -1,28 +1,26 @@
-"""Owns the engine's process: verifies and loads one model, then answers the messages on its pipe until the pipe ends.
+"""Owns the engine's process: verifies and loads one model, then serves its lines until they end.
 
-The main thread reads messages and counts tokens; one thread a slot generates. Messages are JSON, one an item of
-``multiprocessing.connection.Connection``; ``process`` holds the other end and lists them. Whatever kills this process
-(an abort inside llama.cpp, the kernel's OOM killer) costs the request it was running and nothing else.
+One thread follows the control line, one counts tokens, one a slot generates; ``process`` holds the other ends and lists
+the messages. Whatever kills this process (an abort inside llama.cpp, the kernel's OOM killer) costs the requests it was
+running and nothing else.
 """
 
 import ctypes
 import importlib
-import json
 import os
-import queue
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from service import golden
 from service.engine import gguf, host
 from service.engine.interface import Engine, GenerationRequest, Message, ModelSpec, Piece, Sampling
+from service.engine.line import Line, line_pair
 from service.errors import ModelRefused, RequestMalformed, ServiceError
 from service.models import open_verified, resolve
 
@@ -72,127 +70,125 @@ def load_engine(settings: dict[str, Any], show_phase: Callable[[str], None]) -> 
 
 
 class Worker:
-    """The loop between the pipe and one engine."""
+    """Everything between the lines and one engine."""
 
-    def __init__(self, connection: Connection):
-        self._connection = connection
-        self._send_lock = threading.Lock()
-        self._jobs: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        self._under_way: set[int] = set()  # waiting for a slot or in one
-        self._cancelled: set[int] = set()
-        self._engine: Engine | None = None
+    def __init__(self, control: Line):
+        self._control = control
 
-    def send(self, **message: Any) -> None:
-        """Sends one message; when the other end is gone this process has no purpose any more."""
-        try:
-            with self._send_lock:
-                self._connection.send_bytes(json.dumps(message).encode())
-        except OSError:
-            os._exit(0)
-
-    def serve(self) -> None:
-        """Reads messages until the pipe ends."""
-        settings = self._receive()
-        threading.Thread(target=self._load_and_work, args=(settings,), daemon=True).start()
+    def run(self) -> None:
+        """Loads and works in other threads; this one waits for the end of the control line, which ends the process."""
+        settings = _receive(self._control)
+        threading.Thread(target=self._load, args=(settings,), daemon=True).start()
         while True:
-            message = self._receive()
-            match message["type"]:
-                case "generate":
-                    self._under_way.add(message["id"])
-                    self._jobs.put(message)
-                case "cancel" if message["id"] in self._under_way:
-                    self._cancelled.add(message["id"])
-                case "count":
-                    self._count(message)
+            _receive(self._control)
 
-    def _receive(self) -> dict[str, Any]:
+    def _load(self, settings: dict[str, Any]) -> None:
         try:
-            return json.loads(self._connection.recv_bytes())
-        except (EOFError, OSError):
-            # No cleanup is owed: the kernel frees everything, and a generation under way must not delay the end.
-            os._exit(0)
-
-    def _load_and_work(self, settings: dict[str, Any]) -> None:
-        try:
-            engine = load_engine(settings, lambda phase: self.send(type="phase", phase=phase))
+            engine = load_engine(settings, lambda phase: _send(self._control, type="phase", phase=phase))
             description = engine.describe()
-            self.send(type="phase", phase="checking")
-            recorded = golden.find_golden(Path(settings["state_dir"]), description.sha256)
-            if recorded is None and settings["golden"] == "check":
-                raise ModelRefused(
-                    "no golden answer is recorded for this model; record it once with: python -m service record"
-                )
-            if recorded is None:
-                made = golden.record(engine)
-                golden.save_golden(Path(settings["state_dir"]), description.sha256, made)
-            else:
-                golden.check(engine, recorded)
+            _send(self._control, type="phase", phase="checking")
+            _check_golden(engine, description.sha256, settings)
         except ServiceError as error:
-            self.send(type="refused", reason=str(error))
+            _send(self._control, type="refused", reason=str(error))
             return
         except Exception as error:  # the boundary of this process: a bug is told, not left to a silent thread
-            self.send(type="refused", reason=f"the engine could not start: {type(error).__name__}: {error}")
+            reason = f"the engine could not start: {type(error).__name__}: {error}"
+            _send(self._control, type="refused", reason=" ".join(reason.split()))
             raise
-        self._engine = engine
-        self.send(type="ready", description=asdict(description))
-        for _ in range(description.slots - 1):
-            threading.Thread(target=self._work, daemon=True).start()
-        self._work()
+        counting, *slots = (line_pair() for _ in range(1 + description.slots))
+        _send(self._control, type="ready", description=asdict(description))
+        self._control.send_lines([theirs for _, theirs in (counting, *slots)])
+        for _, theirs in (counting, *slots):
+            os.close(theirs)
+        threading.Thread(target=_serve_counts, args=(engine, counting[0]), daemon=True).start()
+        for line, _ in slots:
+            threading.Thread(target=_serve_slot, args=(engine, line), daemon=True).start()
 
-    def _work(self) -> None:
-        while True:
-            self._generate(self._jobs.get())
 
-    def _generate(self, message: dict[str, Any]) -> None:
-        identity = message["id"]
+def _receive(line: Line) -> dict[str, Any]:
+    """The next message; the end of any line is the end of the web process, and so of this one."""
+    try:
+        message = line.receive()
+        assert message is not None
+        return message
+    except (EOFError, OSError):
+        # No cleanup is owed: the kernel frees everything, and a generation under way must not delay the end.
+        os._exit(0)
 
-        last_sign_s = time.monotonic()
 
-        def on_piece(piece: Piece) -> None:
-            self.send(type="piece", id=identity, text=piece.text, tokens=piece.completion_tokens)
+def _send(line: Line, **message: Any) -> None:
+    try:
+        line.send(**message)
+    except OSError:
+        os._exit(0)
 
-        def on_prefill(tokens: int) -> None:
-            nonlocal last_sign_s
-            if time.monotonic() - last_sign_s > _SIGN_OF_LIFE_EVERY_S:
-                last_sign_s = time.monotonic()
-                self.send(type="prefill", id=identity, tokens=tokens)
 
+def _check_golden(engine: Engine, sha256: str, settings: dict[str, Any]) -> None:
+    state_dir = Path(settings["state_dir"])
+    recorded = golden.find_golden(state_dir, sha256)
+    if recorded is not None:
+        golden.check(engine, recorded)
+    elif settings["golden"] == "record":
+        golden.save_golden(state_dir, sha256, golden.record(engine))
+    else:
+        raise ModelRefused(
+            "no golden answer is recorded for this model; record it once with: python -m service record"
+        )
+
+
+def _serve_counts(engine: Engine, line: Line) -> None:
+    while True:
+        message = _receive(line)
         try:
-            request = GenerationRequest(
-                tuple(Message(**one) for one in message["messages"]),
-                message["max_tokens"],
-                Sampling(**message["sampling"]),
-            )
-            done = self._engine.generate(request, on_piece, on_prefill, lambda: identity in self._cancelled)
-            self.send(type="done", id=identity, completion=asdict(done))
-        except Exception as error:  # told to the one request it belongs to
-            self.send(type="failed", id=identity, error=f"{type(error).__name__}: {error}")
-        finally:
-            self._under_way.discard(identity)
-            self._cancelled.discard(identity)
-
-    def _count(self, message: dict[str, Any]) -> None:
-        identity = message["id"]
-        try:
-            if self._engine is None:
-                raise ModelRefused("the engine is not ready")
-            tokens = self._engine.count_tokens([Message(**one) for one in message["messages"]])
-            self.send(type="counted", id=identity, tokens=tokens)
+            tokens = engine.count_tokens([Message(**one) for one in message["messages"]])
+            _send(line, type="counted", tokens=tokens)
         except RequestMalformed as error:
-            self.send(type="malformed", id=identity, error=str(error))
+            _send(line, type="malformed", error=str(error))
         except Exception as error:  # told to the one request it belongs to
-            self.send(type="failed", id=identity, error=f"{type(error).__name__}: {error}")
+            _send(line, type="failed", error=f"{type(error).__name__}: {error}")
+
+
+def _serve_slot(engine: Engine, line: Line) -> None:
+    while True:
+        message = _receive(line)
+        if message["type"] == "generate":  # a cancel that came too late is passed over
+            _generate(engine, line, message)
+
+
+def _generate(engine: Engine, line: Line, message: dict[str, Any]) -> None:
+    last_sign_s = time.monotonic()
+
+    def on_piece(piece: Piece) -> None:
+        _send(line, type="piece", text=piece.text, tokens=piece.completion_tokens)
+
+    def on_prefill(tokens: int) -> None:
+        nonlocal last_sign_s
+        if time.monotonic() - last_sign_s > _SIGN_OF_LIFE_EVERY_S:
+            last_sign_s = time.monotonic()
+            _send(line, type="prefill", tokens=tokens)
+
+    try:
+        request = GenerationRequest(
+            tuple(Message(**one) for one in message["messages"]),
+            message["max_tokens"],
+            Sampling(**message["sampling"]),
+        )
+        # While a slot works its line brings nothing but a cancel, or its end.
+        done = engine.generate(request, on_piece, on_prefill, cancelled=line.has_input)
+        _send(line, type="done", completion=asdict(done))
+    except Exception as error:  # told to the one request it belongs to
+        _send(line, type="failed", error=f"{type(error).__name__}: {error}")
 
 
 def main(descriptor: int, parent_pid: int) -> None:
     """Runs a worker on an inherited socket; ends with its parent, however that ends."""
-    # The terminal's Ctrl-C and a unit's SIGTERM go to the whole group; the end of the pipe is what ends this process.
+    # The terminal's Ctrl-C and a unit's SIGTERM go to the whole group; what ends this process is the end of its line.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:
         return
-    Worker(Connection(descriptor)).serve()
+    Worker(Line(descriptor)).run()
 
 
 if __name__ == "__main__":

@@ -101,13 +101,16 @@ class Service:
         lines = [line for line in self.log_path.read_text().splitlines() if line.startswith("{")]
         return [entry for entry in map(json.loads, lines) if entry.get("event") == event]
 
+    def last_log(self) -> str:
+        return "\n".join(self.log_path.read_text().splitlines()[-15:])
+
     def wait_phase(self, *phases: str, timeout_s: float = _DEADLINE_S) -> dict[str, Any]:
         """Waits until ``/ready`` shows one of these phases; fails at the deadline."""
         end_s = time.monotonic() + timeout_s
         seen: Any = None
         while time.monotonic() < end_s:
             if self.process.poll() is not None:
-                raise AssertionError(f"gunicorn ended with {self.process.returncode}:\n{self.log_path.read_text()}")
+                raise AssertionError(f"gunicorn ended with {self.process.returncode}:\n{self.last_log()}")
             try:
                 seen = self.get("/ready").json
                 if seen["status"] in phases:
@@ -115,7 +118,7 @@ class Service:
             except (OSError, http.client.HTTPException):
                 pass  # not listening yet
             time.sleep(0.02)
-        raise AssertionError(f"never {phases}, last {seen}:\n{self.log_path.read_text()}")
+        raise AssertionError(f"never {phases}, last {seen}:\n{self.last_log()}")
 
     def wait_idle(self, timeout_s: float = 10.0) -> float:
         """Waits until nothing runs or waits; returns the seconds it took, fails at the deadline."""
