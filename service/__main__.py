@@ -14,7 +14,7 @@ from service.engine.process import EngineProcess, engine_settings
 from service.errors import ServiceError, SettingsInvalid
 from service.golden import find_golden, golden_path
 from service.models import ModelFile, fetch, open_verified, resolve
-from service.settings import PREFIX, SETTINGS, Settings, describe_settings, read_settings
+from service.settings import PREFIX, SETTINGS, Settings, check_folders, describe_settings, parse_number, read_settings
 
 _ROOT = Path(__file__).resolve().parents[1]
 
@@ -92,6 +92,8 @@ def serve(settings: Settings) -> None:
     _say(f"Serving on http://{settings.host}:{settings.port} (no keys: loopback only); Ctrl-C ends it.")
     environment = dict(os.environ)
     environment[PREFIX + "ANNOUNCE"] = "1"
+    # Meant for other services of this user; an address in it would get around the check of LLM_HOST.
+    environment.pop("GUNICORN_CMD_ARGS", None)
     # The very file that was verified, also if the engine is started again after somebody has changed it.
     environment[PREFIX + "MODEL"] = str(model.path.resolve())
     environment[PREFIX + "MODEL_SHA256"] = sha256
@@ -114,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("record", help="record the model's golden answer (once a model)")
     commands.add_parser("fetch", help="fetch the model without serving")
     drain = commands.add_parser("drain", help="take no more requests and wait for those accepted")
-    drain.add_argument("--limit", type=float, metavar="SECONDS", help="cancel what is left then")
+    drain.add_argument("--limit", type=parse_number(0, 3600), metavar="SECONDS", help="cancel what is left then")
     return parser
 
 
@@ -123,6 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         settings = read_settings()
+        check_folders(settings)
         match options.command:
             case "serve":
                 serve(settings)
@@ -137,6 +140,9 @@ def main(arguments: list[str] | None = None) -> int:
                 for last in ask_to_drain(settings.control_socket, options.limit):
                     if not last.get("done"):
                         _say(f"{last['running']} running, {last['waiting']} waiting …")
+                if not last.get("done"):
+                    _say("error: the service ended before it was drained")
+                    return 1
                 _say(f"drained; {last.get('cancelled')} cancelled at the limit, {last.get('left')} left")
                 return 0 if last.get("left") == 0 else 1
     except SettingsInvalid as error:

@@ -31,9 +31,12 @@ class Log:
     def write(self, event: str, **facts: Any) -> None:
         now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         line = json.dumps({"time": now, "event": event, **facts}, default=str)
-        with self._lock:
-            self._stream.write(line + "\n")
-            self._stream.flush()
+        try:
+            with self._lock:
+                self._stream.write(line + "\n")
+                self._stream.flush()
+        except OSError:
+            pass  # a full disk may cost the line, not the answer
 
     def write_failure(self, request_id: str, error: BaseException) -> None:
         """A failure that the client only knows by its id: type and place of the error and of its causes.

@@ -3,9 +3,6 @@
 import select
 import socket
 
-# A client that reads nothing for so long has gone, whatever its socket says; its slot is needed by others.
-_LONGEST_WRITE_S = 60.0
-
 
 class ClientWatch:
     """Peeks at the socket without taking a byte from it; without a socket nobody ever seems gone.
@@ -18,7 +15,6 @@ class ClientWatch:
         self._client = client
         self._gone = False
         if client is not None:
-            client.settimeout(_LONGEST_WRITE_S)
             self._poll = select.poll()
             self._poll.register(client, select.POLLRDHUP)
 
@@ -33,3 +29,11 @@ class ClientWatch:
         except OSError:
             self._gone = True
         return self._gone
+
+    def hang_up(self) -> None:
+        """Ends the connection in both directions, which also wakes up a thread that writes to it."""
+        if self._client is not None:
+            try:
+                self._client.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # it has gone by itself

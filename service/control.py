@@ -6,18 +6,21 @@ One command a connection: a JSON line in, JSON lines out, the last with ``"done"
 import json
 import os
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from service.accounts import Log
 from service.errors import ServiceError
 from service.generation import Generator
 
 _LARGEST_COMMAND_BYTES = 4096
-_CANCEL_GRACE_S = 10.0  # for answers that are cut at the limit: one batch of the prefill, one token, one write
+_CANCEL_GRACE_S = 5.0  # for answers that are cut at the limit: one batch of the prefill, one token, one write
 
 
 class ControlFailed(ServiceError):
@@ -36,7 +39,9 @@ def drain(generator: Generator, limit_s: float) -> Iterator[dict[str, Any]]:
     running, waiting = generator.scheduler.counts()
     if running + waiting:
         generator.cancel_all = True
-        generator.scheduler.wait_idle(_CANCEL_GRACE_S)
+        if not generator.scheduler.wait_idle(_CANCEL_GRACE_S):
+            generator.cut_off()
+            generator.scheduler.wait_idle(_CANCEL_GRACE_S)
     left = sum(generator.scheduler.counts())
     yield {"done": True, "cancelled": running + waiting, "left": left}
 
@@ -44,13 +49,14 @@ def drain(generator: Generator, limit_s: float) -> Iterator[dict[str, Any]]:
 def serve_control(path: Path, generator: Generator, log: Log) -> Callable[[], None]:
     """Listens in a thread of its own; returns what closes and removes the socket."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path.unlink(missing_ok=True)
+    _make_room(path)
     listener = socket.socket(socket.AF_UNIX)
     mask = os.umask(0o177)  # bound with 0600 from the first moment
     try:
         listener.bind(str(path))
     finally:
         os.umask(mask)
+    ours = path.lstat().st_ino
     listener.listen(4)
 
     def answer(peer: socket.socket) -> None:
@@ -59,7 +65,8 @@ def serve_control(path: Path, generator: Generator, log: Log) -> Callable[[], No
                 command = json.loads(lines.readline(_LARGEST_COMMAND_BYTES))
                 if command.get("command") != "drain":
                     raise ValueError("unknown command")
-                limit_s = float(command.get("limit_s") or generator.settings.drain_limit_s)
+                limit_s = command.get("limit_s")
+                limit_s = generator.settings.drain_limit_s if limit_s is None else min(3600.0, max(0.0, float(limit_s)))
                 log.write("drain", limit_s=limit_s)
                 for progress in drain(generator, limit_s):
                     lines.write(json.dumps(progress).encode() + b"\n")
@@ -79,9 +86,33 @@ def serve_control(path: Path, generator: Generator, log: Log) -> Callable[[], No
 
     def close() -> None:
         listener.close()
-        path.unlink(missing_ok=True)
+        # After a reload the path is the next worker's already.
+        if path.exists() and path.lstat().st_ino == ours:
+            path.unlink()
 
     return close
+
+
+def _make_room(path: Path) -> None:
+    """Removes the socket of a service that is gone, or of the worker that this one takes over from.
+
+    Raises ControlFailed if it is another service's, or no socket.
+    """
+    if not path.exists():
+        return
+    if not path.is_socket():
+        raise ControlFailed(f"{path} is there and is no socket; name another with LLM_CONTROL_SOCKET")
+    with socket.socket(socket.AF_UNIX) as peer:
+        try:
+            peer.connect(str(path))
+        except OSError:
+            pass  # nobody listens any more
+        else:
+            credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+            owner = struct.unpack("3i", credentials)[0]
+            if psutil.Process(owner).ppid() != os.getppid():
+                raise ControlFailed(f"process {owner} serves {path} already; name another with LLM_CONTROL_SOCKET")
+    path.unlink()
 
 
 def ask_to_drain(path: Path, limit_s: float | None) -> Iterator[dict[str, Any]]:

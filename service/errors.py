@@ -21,6 +21,10 @@ class ModelRefused(ServiceError):
     """The model file is missing, damaged, unknown, of the wrong hash or too big: starting again will not help."""
 
 
+class MemoryShort(ServiceError):
+    """The model does not fit the memory that is free now; that may change."""
+
+
 class FetchFailed(ServiceError):
     """A model could not be downloaded; what has arrived is kept and the next try goes on from there."""
 
@@ -88,4 +92,11 @@ class EngineFailed(ServiceError):
 
 
 class EngineLost(EngineFailed):
-    """The engine's process ended; the request that was running is lost, all others are not."""
+    """The engine's process ended; the request that was running is lost, all others are not.
+
+    ``begun`` tells whether the engine had this request in its hands, so that it may be what ended it.
+    """
+
+    def __init__(self, message: str, begun: bool = True):
+        super().__init__(message)
+        self.begun = begun

@@ -6,6 +6,7 @@ Framework-free: the resources translate what comes out of here into HTTP.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from service.engine.interface import Completion, GenerationRequest, Piece
 from service.engine.process import EngineProcess, Stream
@@ -17,6 +18,14 @@ from service.settings import Settings
 from service.stops import StopFilter
 
 _TICK_S = 0.1  # how often a waiting request looks after its client, its deadline and its limits
+
+
+class Client(Protocol):
+    """Whoever waits for the answer, as far as a generation cares."""
+
+    def gone(self) -> bool: ...
+
+    def hang_up(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -71,16 +80,18 @@ class Generator:
     def __init__(self, engine: EngineProcess, scheduler: Scheduler, metrics: Metrics, settings: Settings):
         self.engine, self.scheduler, self.metrics, self.settings = engine, scheduler, metrics, settings
         self.cancel_all = False  # set when the drain's limit is over
+        self.running: set[Generation] = set()
 
-    def begin(self, request: GenerateRequest, deadline_s: float | None, gone: Callable[[], bool]) -> "Generation":
+    def begin(self, request: GenerateRequest, deadline_s: float | None, client: Client) -> "Generation":
         """Admits a request, counts its prompt and holds its place; nothing is evaluated yet.
 
-        ``gone`` tells whether the client has left. Raises Unavailable, ContextExceeded, RequestMalformed, EngineFailed.
+        Raises Unavailable, ContextExceeded, RequestMalformed, EngineFailed.
         """
+        account = Account()
         try:
             ticket = self._admit()
             try:
-                prompt_tokens = self._count(request, gone)
+                prompt_tokens = self._count(request, client.gone)
                 max_tokens = self._fit(request, prompt_tokens)
                 ticket.declare(Work(prompt_tokens, max_tokens), deadline_s)
             except BaseException:
@@ -90,8 +101,13 @@ class Generator:
             self.metrics.refusals.labels(error.reason).inc()
             raise
         self.metrics.prompt_tokens.inc(prompt_tokens)
-        account = Account(prompt_tokens=prompt_tokens)
-        return Generation(self, ticket, request, max_tokens, deadline_s, gone, account)
+        account.prompt_tokens = prompt_tokens
+        return Generation(self, ticket, request, max_tokens, deadline_s, client, account)
+
+    def cut_off(self) -> None:
+        """Ends the connections of what still runs: the last means, for clients that do not read their answer."""
+        for generation in list(self.running):
+            generation.cut_off()
 
     def unready_reason(self) -> str | None:
         """Why no request is taken now, or None if the service is ready."""
@@ -102,16 +118,20 @@ class Generator:
 
     def _admit(self) -> Ticket:
         state = self.engine.state
-        if state.phase != "ready" and not self.scheduler.draining and self.engine.describe() is None:
-            raise Unavailable("loading", state.reason, 2.0)
         if state.phase in ("failed", "stopped"):
             raise Unavailable("engine_failed", state.reason, 60.0)
+        if state.phase != "ready" and not self.scheduler.draining and self.engine.describe() is None:
+            raise Unavailable("loading", state.reason, 2.0)
         return self.scheduler.admit()
 
     def _count(self, request: GenerateRequest, gone: Callable[[], bool]) -> int:
-        """Counts, through a restart of the engine if there is one: another request's crash is not this one's."""
+        """Counts, through restarts of the engine if there are any: another request's crash is not this one's.
+
+        Only a prompt that the engine had in its hands twice when it died is held to be the cause.
+        """
         limit_s = time.monotonic() + self.settings.queue_wait_s
-        for last_try in (False, True):
+        deaths = 0
+        while True:
             while not self.engine.wait_ready(_TICK_S):
                 if self.engine.state.phase in ("failed", "stopped") or time.monotonic() > limit_s:
                     raise Unavailable("loading", self.engine.state.reason, 5.0)
@@ -119,10 +139,10 @@ class Generator:
                     raise Unavailable("client_left", "the client has left", 1.0)
             try:
                 return self.engine.count_tokens(request.messages)
-            except EngineLost:
-                if last_try:
+            except EngineLost as error:
+                deaths += error.begun
+                if deaths == 2:
                     raise
-        raise AssertionError("unreachable")
 
     def _fit(self, request: GenerateRequest, prompt_tokens: int) -> int:
         description = self.engine.describe()
@@ -147,16 +167,17 @@ class Generation:
         request: GenerateRequest,
         max_tokens: int,
         deadline_s: float | None,
-        gone: Callable[[], bool],
+        client: Client,
         account: Account,
     ):
         self._generator, self._ticket, self._request = generator, ticket, request
-        self._max_tokens, self._deadline_s, self._gone = max_tokens, deadline_s, gone
+        self._max_tokens, self._deadline_s, self._client = max_tokens, deadline_s, client
         self._stop = StopFilter(request.stop)
         self._stream: Stream | None = None
         self._ended = False
         self._closed = False
         self.account = account
+        generator.running.add(self)
 
     @property
     def ended(self) -> bool:
@@ -195,6 +216,7 @@ class Generation:
         if self._closed:
             return
         self._closed = True
+        self._generator.running.discard(self)
         try:
             if self._stream is not None and not self._ended:
                 self.account.cancelled_by = self.account.cancelled_by or "client"
@@ -203,6 +225,10 @@ class Generation:
         finally:
             self._ticket.release()
             self._settle()
+
+    def cut_off(self) -> None:
+        """See ``Generator.cut_off``; called from another thread."""
+        self._client.hang_up()
 
     def _drain_stream(self, stream: Stream) -> None:
         """Waits for the engine to confirm a cancel: the slot is free only then."""
@@ -220,6 +246,7 @@ class Generation:
             waited_s = self._generator.scheduler.clock() - self._ticket.admitted_s
             if waited_s > settings.queue_wait_s:
                 self._ended = True
+                self.account.queue_s = waited_s
                 self._generator.metrics.refusals.labels("queue_timeout").inc()
                 raise Unavailable(
                     "queue_timeout",
@@ -252,7 +279,7 @@ class Generation:
             self._deadline_s is not None
             and self._generator.scheduler.clock() - self._ticket.admitted_s > self._deadline_s
         )
-        if self._gone():
+        if self._client.gone():
             self.account.cancelled_by = "client"
         elif late:
             self.account.cancelled_by = "deadline"

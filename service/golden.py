@@ -8,13 +8,15 @@ folder, one file a model, named by its SHA-256, so that another model cannot pas
 import json
 import os
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 
-from service.engine.interface import Engine, GenerationRequest, Message, Piece, Sampling
+from service.engine.interface import Completion, Engine, GenerationRequest, Message, Piece, Sampling
 from service.errors import ModelRefused
 
 STARTER_RECORD = Path(__file__).parent / "starter" / "starter.json"
 RECORDING_PROMPT = "Name three colours."
+_ASKED_ON = datetime(2026, 1, 1)
 RECORDING_MAX_TOKENS = 16  # 6 s of an 8B model on two cores; enough that damage shows
 
 
@@ -55,30 +57,38 @@ def save_golden(state_dir: Path, sha256: str, golden: Golden) -> Path:
     return path
 
 
-def ask(engine: Engine, prompt: str, max_tokens: int) -> str:
-    """What the engine answers at temperature 0."""
+def ask(engine: Engine, prompt: str, max_tokens: int) -> tuple[str, Completion]:
+    """What the engine answers at temperature 0, and what it took.
+
+    Always asked as of the same day: some templates write the date into the prompt, and the answer would change with it.
+    """
     pieces: list[str] = []
 
     def keep(piece: Piece) -> None:
         pieces.append(piece.text)
 
-    request = GenerationRequest((Message("user", prompt),), max_tokens, Sampling(temperature=0.0))
-    engine.generate(request, keep, lambda tokens: None, lambda: False)
-    return "".join(pieces)
+    request = GenerationRequest((Message("user", prompt),), max_tokens, Sampling(temperature=0.0), _ASKED_ON)
+    completion = engine.generate(request, keep, lambda tokens: None, lambda: False)
+    return "".join(pieces), completion
 
 
-def check(engine: Engine, golden: Golden) -> None:
-    """Raises ModelRefused if the engine's answer is not the recorded one, letter by letter."""
-    answer = ask(engine, golden.prompt, golden.max_tokens)
+def check(engine: Engine, golden: Golden) -> Completion:
+    """Raises ModelRefused if the engine's answer is not the recorded one, letter by letter; returns what it took."""
+    answer, completion = ask(engine, golden.prompt, golden.max_tokens)
     if answer != golden.response:
         raise ModelRefused(
             f"the model's golden answer is wrong: recorded {golden.response[:60]!r}, now {answer[:60]!r}"
         )
+    return completion
 
 
-def record(engine: Engine) -> Golden:
-    """Asks twice and returns the answer. Raises ModelRefused if the model contradicts itself at temperature 0."""
-    answer = ask(engine, RECORDING_PROMPT, RECORDING_MAX_TOKENS)
+def record(engine: Engine) -> tuple[Golden, Completion]:
+    """Asks twice and returns the answer and what it took.
+
+    Raises ModelRefused if the model says nothing, or contradicts itself at temperature 0.
+    """
+    answer, _ = ask(engine, RECORDING_PROMPT, RECORDING_MAX_TOKENS)
+    if not answer.strip():
+        raise ModelRefused(f"the model says nothing to {RECORDING_PROMPT!r}, which is no answer to know it by")
     golden = Golden(RECORDING_PROMPT, RECORDING_MAX_TOKENS, answer)
-    check(engine, golden)
-    return golden
+    return golden, check(engine, golden)

@@ -3,11 +3,12 @@
 import sys
 
 from service.errors import SettingsInvalid
-from service.settings import read_settings
+from service.settings import check_folders, read_settings
 from service.web_worker import WebWorker
 
 try:
     _settings = read_settings()
+    check_folders(_settings)
 except SettingsInvalid as invalid:
     sys.exit("\n".join(f"error: {problem}" for problem in invalid.problems))
 
@@ -43,10 +44,18 @@ limit_request_fields = 64
 limit_request_field_size = 8190
 
 
+def on_starting(server):
+    """Arguments and GUNICORN_CMD_ARGS come after this file: what the service stands on may not be changed by them."""
+    given = server.cfg
+    if (given.bind, given.workers, given.worker_class) != ([bind], workers, WebWorker):
+        sys.exit("error: bind, workers and worker_class are not for gunicorn's arguments; use LLM_HOST and LLM_PORT")
+
+
 def post_worker_init(worker):
     from service.wsgi import runtime
 
     worker.on_stopping = runtime.stop_gently
+    worker.on_bad_request = runtime.metrics.count_bad_request
     runtime.start()
 
 

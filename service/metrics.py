@@ -107,6 +107,10 @@ class Metrics:
     ) -> Histogram:
         return Histogram(name, text, labels or [], buckets=buckets, registry=self.registry)
 
+    def count_bad_request(self, status: int) -> None:
+        """Counts a request that never reached the application: not HTTP, or too slow."""
+        self.requests.labels("OTHER", "none", str(status)).inc()
+
     def render(self) -> bytes:
         """The text exposition of all metrics."""
         return generate_latest(self.registry)

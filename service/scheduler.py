@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 from service.errors import Unavailable
 
-_SPEED_MEMORY = 0.3  # weight of the newest measurement in the running averages
-_FIRST_PREFILL_TOKENS_PER_S = 20.0  # before anything was measured: an 8B on a small host
-_FIRST_DECODE_TOKENS_PER_S = 5.0
+_SPEED_MEMORY = 0.5  # weight of the newest measurement in the running averages
+_SPEED_HOLDS_S = 60.0  # a busy neighbour may have left since
 
 
 @dataclass(frozen=True)
@@ -25,13 +24,18 @@ class Work:
 
 
 class Speed:
-    """Running averages of what the engine did: prefill and decode rates, and how much of ``max_tokens`` is used."""
+    """Running averages of what the engine did: seconds a token in prefill and decode, and how much is used.
 
-    def __init__(self) -> None:
+    ``clock`` gives seconds; used to tell how old the newest measurement is.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._lock = threading.Lock()
-        self.prefill_tokens_per_s = _FIRST_PREFILL_TOKENS_PER_S
-        self.decode_tokens_per_s = _FIRST_DECODE_TOKENS_PER_S
+        self._prefill_s: float | None = None
+        self._decode_s: float | None = None
         self._share_used = 1.0
+        self._learnt_s: float | None = None
 
     def learn(
         self,
@@ -43,27 +47,32 @@ class Speed:
     ) -> None:
         """Takes in one generation (durations in seconds); ``max_tokens`` is None if it was cut from outside."""
         with self._lock:
-            if prefill_tokens > 0 and prefill_s > 0:
-                self.prefill_tokens_per_s += _SPEED_MEMORY * (
-                    prefill_tokens / prefill_s - self.prefill_tokens_per_s
-                )
-            if completion_tokens > 0 and decode_s > 0:
-                self.decode_tokens_per_s += _SPEED_MEMORY * (
-                    completion_tokens / decode_s - self.decode_tokens_per_s
-                )
+            self._learnt_s = self._clock()
+            if prefill_tokens > 0:
+                self._prefill_s = _blend(self._prefill_s, prefill_s / prefill_tokens)
+            if completion_tokens > 0:
+                self._decode_s = _blend(self._decode_s, decode_s / completion_tokens)
             if max_tokens is not None:
-                self._share_used += _SPEED_MEMORY * (min(1.0, completion_tokens / max_tokens) - self._share_used)
+                self._share_used = _blend(self._share_used, min(1.0, completion_tokens / max_tokens))
+
+    def is_known(self) -> bool:
+        """Whether there is a measurement that is not too old to refuse a request for."""
+        return self._learnt_s is not None and self._clock() - self._learnt_s < _SPEED_HOLDS_S
 
     def expected_s(self, work: Work) -> float:
-        """How long such a request usually takes."""
-        return (
-            work.prompt_tokens / self.prefill_tokens_per_s
-            + work.max_tokens * self._share_used / self.decode_tokens_per_s
-        )
+        """How long such a request usually takes; 0 before anything was measured."""
+        return self._predict_s(work, self._share_used)
 
     def longest_s(self, work: Work) -> float:
-        """How long it takes if it uses all its tokens."""
-        return work.prompt_tokens / self.prefill_tokens_per_s + work.max_tokens / self.decode_tokens_per_s
+        """How long it takes if it uses all its tokens; 0 before anything was measured."""
+        return self._predict_s(work, 1.0)
+
+    def _predict_s(self, work: Work, share_used: float) -> float:
+        return work.prompt_tokens * (self._prefill_s or 0.0) + work.max_tokens * share_used * (self._decode_s or 0.0)
+
+
+def _blend(average: float | None, newest: float) -> float:
+    return newest if average is None else average + _SPEED_MEMORY * (newest - average)
 
 
 class Ticket:
@@ -84,7 +93,8 @@ class Ticket:
     def declare(self, work: Work, deadline_s: float | None) -> None:
         """Tells what the request will cost and by when, counted from its admission, it must be done.
 
-        Raises Unavailable at once if the deadline will not be met as far as the measured speed tells.
+        Raises Unavailable at once if the deadline will not be met as far as the measured speed tells. Without a recent
+        measurement nobody is refused: it could never be corrected.
         """
         self._scheduler.declare(self, work, deadline_s)
 
@@ -98,7 +108,7 @@ class Scheduler:
 
     def __init__(self, queue_size: int, clock: Callable[[], float] = time.monotonic):
         self.clock = clock
-        self.speed = Speed()
+        self.speed = Speed(clock)
         self._queue_size = queue_size
         self._slots = 1
         self._lock = threading.Lock()
@@ -134,7 +144,7 @@ class Scheduler:
         """See ``Ticket.declare``."""
         with self._lock:
             ticket.work = work
-            if deadline_s is None:
+            if deadline_s is None or not self.speed.is_known():
                 return
             ahead_s = self._predict_start_s(ticket)
         done_s = ahead_s + self.speed.longest_s(work)

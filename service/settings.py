@@ -73,7 +73,9 @@ def _parse_integer(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
-def _parse_number(low: float, high: float) -> Callable[[str], float]:
+def parse_number(low: float, high: float) -> Callable[[str], float]:
+    """A parser for finite numbers within bounds, both included; it raises ValueError with the bounds."""
+
     def parse(text: str) -> float:
         try:
             value = float(text)
@@ -132,15 +134,15 @@ SETTINGS: dict[str, Setting] = {
     "context_length": Setting(_parse_integer(32, 1 << 20), "tokens; default: what file and memory allow"),
     "threads": Setting(_parse_integer(1, 256), "threads of the engine; default: usable CPUs"),
     "queue_size": Setting(_parse_integer(0, 512), "requests that may wait"),
-    "queue_wait_s": Setting(_parse_number(0.1, 3600), "longest wait for a turn"),
+    "queue_wait_s": Setting(parse_number(0.1, 3600), "longest wait for a turn"),
     "default_max_tokens": Setting(_parse_integer(1, 1 << 20), "max_tokens of a request that names none"),
     "largest_max_tokens": Setting(_parse_integer(1, 1 << 20), "largest max_tokens that may be asked for"),
     "body_limit_bytes": Setting(_parse_integer(1024, 1 << 26), "largest request body"),
-    "header_timeout_s": Setting(_parse_number(0.1, 600), "time a client has for its request's headers"),
-    "body_timeout_s": Setting(_parse_number(0.1, 600), "time a client has for headers and body together"),
-    "drain_limit_s": Setting(_parse_number(0, 3600), "time that accepted requests have when draining"),
-    "stall_timeout_s": Setting(_parse_number(0.5, 3600), "longest silence of a working engine before it is replaced"),
-    "price_eur_per_hour": Setting(_parse_number(0, 10000), "price of this machine, for the cost metric"),
+    "header_timeout_s": Setting(parse_number(0.1, 600), "time a client has for its request's headers"),
+    "body_timeout_s": Setting(parse_number(0.1, 600), "time a client has for headers and body together"),
+    "drain_limit_s": Setting(parse_number(0, 3600), "time that accepted requests have when draining"),
+    "stall_timeout_s": Setting(parse_number(0.5, 3600), "longest silence of a working engine before it is replaced"),
+    "price_eur_per_hour": Setting(parse_number(0, 10000), "price of this machine, for the cost metric"),
     "cache_dir": Setting(_parse_path, "where fetched models are kept"),
     "state_dir": Setting(_parse_path, "where golden answers and verification stamps are kept"),
     "control_socket": Setting(_parse_path, "unix socket of the drain command"),
@@ -181,6 +183,21 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
     if problems:
         raise SettingsInvalid(problems)
     return settings
+
+
+def check_folders(settings: Settings) -> None:
+    """Makes the folders that the service writes to. Raises SettingsInvalid with every one that cannot be written."""
+    problems = []
+    folders = {"LLM_STATE_DIR": settings.state_dir, "LLM_CONTROL_SOCKET": settings.control_socket.parent}
+    for variable, folder in folders.items():
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise PermissionError(13, "not writable")
+        except OSError as error:
+            problems.append(f"{variable}: the folder {folder} cannot be used ({error.strerror})")
+    if problems:
+        raise SettingsInvalid(problems)
 
 
 def describe_settings(settings: Settings) -> list[str]:

@@ -26,6 +26,8 @@ from service import problems
 from service.accounts import Log
 
 _WATCH_EVERY_S = 0.25
+_LINGER_S = 0.5
+_LONGEST_SILENCE_MS = 15_000
 
 
 class _Deadlines:
@@ -70,6 +72,14 @@ class _Deadlines:
                         pass  # it has gone by itself
 
 
+class _Connection(TConn):
+    """A connection that lingers in the thread which served it, never in gunicorn's main loop."""
+
+    def close(self, graceful: bool = False) -> None:
+        if self.sock.fileno() >= 0:
+            super().close(graceful=False)
+
+
 class WebWorker(ThreadWorker):
     """gunicorn's gthread worker with the additions above; its class attributes are set by ``gunicorn.conf.py``."""
 
@@ -77,6 +87,7 @@ class WebWorker(ThreadWorker):
     body_timeout_s = 20.0
     body_limit_bytes = 1_048_576
     on_stopping: Callable[[], None] = staticmethod(lambda: None)
+    on_bad_request: Callable[[int], None] = staticmethod(lambda status: None)
 
     def init_process(self) -> None:
         self._deadlines = _Deadlines()
@@ -96,7 +107,9 @@ class WebWorker(ThreadWorker):
         except OSError:
             return  # gone again, or taken by nobody: there is nothing to serve
         self.nr_conns += 1
-        conn = TConn(self.cfg, client, address, listener.getsockname())
+        # A client that acknowledges nothing for so long has gone; it must not hold a thread and a slot.
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _LONGEST_SILENCE_MS)
+        conn = _Connection(self.cfg, client, address, listener.getsockname())
         conn.timeout = time.monotonic() + self.header_timeout_s
         self.pending_conns.append(conn)
         self.poller.register(client, EVENT_READ, partial(self.on_pending_socket_readable, conn))
@@ -104,9 +117,13 @@ class WebWorker(ThreadWorker):
     def handle(self, conn: TConn) -> Any:
         self._deadlines.start(conn.sock, self.header_timeout_s)
         try:
-            return super().handle(conn)
+            keep = super().handle(conn)
         finally:
             self._deadlines.end(conn.sock)
+        if not keep:
+            # gunicorn would do this in its main loop, where one client that does not close stops all others for 2 s.
+            util.close_graceful(conn.sock, timeout=_LINGER_S)
+        return keep
 
     def handle_request(self, req: Any, conn: TConn) -> Any:
         self._current.request = req
@@ -135,11 +152,15 @@ class WebWorker(ThreadWorker):
             problem = problems.describe_error(Exception())
             self._lines.write_failure(request_id, exc)
         # The type alone: the text may quote what the client sent.
-        self._lines.write("bad-request", id=request_id, status=problem.status, error=type(exc).__name__)
+        self._note_bad_request(request_id, problem.status, type(exc).__name__)
         try:
             util.write_nonblock(client, _render(problem, request_id))
         except OSError:
             pass  # the client did not wait for the answer
+
+    def _note_bad_request(self, request_id: str, status: int, error: str) -> None:
+        self._lines.write("bad-request", id=request_id, status=status, error=error)
+        self.on_bad_request(status)
 
     def _read_body_first(
         self, application: Callable[..., Iterable[bytes]], environ: dict[str, Any], start_response: Callable[..., Any]
@@ -160,7 +181,9 @@ class WebWorker(ThreadWorker):
         if expired:
             request.must_close = True
             problem = problems.describe_status(408, f"the request did not arrive within {self.body_timeout_s:g} s")
-            document = problem.body(uuid.uuid4().hex)
+            request_id = uuid.uuid4().hex
+            self._note_bad_request(request_id, 408, "Timeout")
+            document = problem.body(request_id)
             headers = [("Content-Type", problems.MEDIA_TYPE), ("Content-Length", str(len(document)))]
             start_response("408 Request Timeout", headers)
             return [document]

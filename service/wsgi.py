@@ -29,8 +29,9 @@ class Runtime:
 
     def start(self) -> None:
         """Called in the web worker once it is there; the engine loads beside it."""
-        self.engine.start()
+        # First the socket: it is made under a narrow umask, which no engine may inherit.
         self._close_control = serve_control(self.settings.control_socket, self.generator, self.log)
+        self.engine.start()
         threading.Thread(target=self._watch_engine, name="engine-watch", daemon=True).start()
 
     def stop_gently(self) -> None:
@@ -48,6 +49,13 @@ class Runtime:
     def _cancel_all(self) -> None:
         self.generator.cancel_all = True
 
+    def _learn_speed(self) -> None:
+        first = self.engine.first_speed
+        if first is not None:
+            self.scheduler.speed.learn(
+                first.prefill_tokens, first.prefill_s, first.completion_tokens, first.decode_s, None
+            )
+
     def _watch_engine(self) -> None:
         """Tells each change of the engine's state in the log, and its slots to the scheduler."""
         last = None
@@ -58,6 +66,7 @@ class Runtime:
             description = self.engine.describe()
             if state.phase == "ready" and description is not None:
                 self.scheduler.set_slots(description.slots)
+                self._learn_speed()
             self.log.write("engine", phase=state.phase, reason=state.reason, restarts=self.engine.restarts)
             if state.phase == "ready" and self.settings.announce and not announced:
                 announced = True

@@ -10,9 +10,10 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from pathlib import Path
 
 from service.engine.interface import Completion, Description, GenerationRequest, Message, ModelSpec, Piece
-from service.errors import EngineFailed, RequestMalformed
+from service.errors import EngineFailed, MemoryShort, RequestMalformed
 
 MARKS = 2  # tokens that the fake's template puts around each message
 
@@ -96,7 +97,9 @@ class FakeEngine:
 
 
 def load(spec: ModelSpec) -> FakeEngine:
-    """Like the real adapter's; a model named ``abort-at-load`` ends the process."""
+    """Like the real adapter's; a model named ``abort-at-load`` ends the process, one named like a file waits for it."""
+    if spec.name.startswith("/") and Path(spec.name).exists():
+        raise MemoryShort("told to be short of memory while that file is there")
     if spec.name == "abort-at-load":
         print("GGML_ASSERT: told to abort", file=sys.stderr, flush=True)
         os.abort()

@@ -35,6 +35,7 @@ class LocalEngine:
         self.restarts = 0
         self.pid = None
         self.lose_counts = 0
+        self.begun = True
 
     def describe(self) -> Description | None:
         return None if self.state.phase == "loading" else self.engine.describe()
@@ -45,7 +46,7 @@ class LocalEngine:
     def count_tokens(self, messages: list[Message]) -> int:
         if self.lose_counts:
             self.lose_counts -= 1
-            raise EngineLost("lost while counting")
+            raise EngineLost("lost while counting", begun=self.begun)
         return self.engine.count_tokens(messages)
 
     def generate(self, request: GenerationRequest) -> LocalStream:

@@ -13,7 +13,7 @@ from datetime import datetime
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from service.engine.interface import Message
+from service.engine.interface import Message, Role
 from service.errors import ModelRefused, RequestMalformed
 
 # Private-use characters: no template mentions them, and a text never meets this pattern (it is put in afterwards).
@@ -54,15 +54,14 @@ class ChatTemplate:
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
         environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
         try:
             self._template = environment.from_string(source)
             self.turns([Message("user", "probe")])
         except (TemplateError, RequestMalformed) as error:
             raise ModelRefused(f"the model's chat template cannot be used: {error}") from error
 
-    def turns(self, messages: Sequence[Message]) -> list[Turn]:
-        """The conversation as turns, in the order of the template.
+    def turns(self, messages: Sequence[Message], told_time: datetime | None = None) -> list[Turn]:
+        """The conversation as turns, in the order of the template, which may write ``told_time`` (None: now) into it.
 
         Raises RequestMalformed if the template refuses the roles, drops a text, or there is none and the messages are
         more than one user's prompt.
@@ -73,9 +72,11 @@ class ChatTemplate:
                     "this model's file has no chat template: it takes one prompt, and no system message"
                 )
             return [Turn("", messages[0].content, "")]
-        rendered = self._render([message.role for message in messages], padding="")
+        told_time = told_time or datetime.now()
+        roles = [message.role for message in messages]
+        rendered = self._render(roles, "", told_time)
         # A template that trims its texts drops the padding too; then the texts are trimmed here.
-        trims = self._render([message.role for message in messages], padding=" ") == rendered
+        trims = self._render(roles, " ", told_time) == rendered
         parts = _PLACEHOLDER.split(rendered)
         marks, places = parts[0::2], [int(index) for index in parts[1::2]]
         missing = set(range(len(messages))) - set(places)
@@ -87,7 +88,7 @@ class ChatTemplate:
         turns[-1] = Turn(turns[-1].prefix, turns[-1].text, marks[-1])
         return turns
 
-    def _render(self, roles: list[str], padding: str) -> str:
+    def _render(self, roles: list[Role], padding: str, told_time: datetime) -> str:
         messages = [
             {"role": role, "content": f"{padding}{_OPEN}{index}{_CLOSE}{padding}"}
             for index, role in enumerate(roles)
@@ -99,6 +100,7 @@ class ChatTemplate:
                 bos_token=self._bos_token,
                 eos_token=self._eos_token,
                 tools=None,
+                strftime_now=told_time.strftime,
             )
         except _TemplateRefusal as error:
             raise RequestMalformed(f"this model's chat template refuses the conversation: {error}") from error

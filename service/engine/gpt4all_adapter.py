@@ -14,6 +14,7 @@ The traps (gpt4all 2.8.2; its source is gpt4all-backend/llmodel_shared.cpp and l
 - Control tokens are printed as text: they are left out of the answer.
 - Pieces may end inside a UTF-8 character: decoded incrementally here, invalid bytes become U+FFFD.
 - Some stop strings are built in ("### Human" and the like) and cannot be switched off: such an answer ends with "stop".
+- An unbroken run of some 25,000 letters overflows the stack of a usual thread with Qwen's vocabulary: runs are bounded.
 - NUL ends a prompt early, a lone surrogate hangs the library: both are refused before (``schema``), and again here.
 - Two threads in one instance abort the process: there is one slot.
 """
@@ -23,6 +24,7 @@ import ctypes
 import re
 import time
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 
@@ -47,6 +49,9 @@ _RESERVED_TOKENS = 8
 _LARGEST_BATCH_TOKENS = 128  # LLMODEL_MAX_PROMPT_BATCH in llmodel.h
 _SMALLEST_BATCH_TOKENS = 4
 _REPEAT_LAST_N = 64
+# The tokenizer takes stack (some vocabularies) or time (others) for each character of an unbroken run.
+_LONGEST_RUN = 50_000
+_RUN = re.compile(r"\w+|\s+|[^\w\s]+")
 _PLACEHOLDER = re.compile(r"%[12](?![0-9])")
 _UNPARSED = re.compile("[\x00\ud800-\udfff]")
 # Attributes of a token: llama.cpp's enum llama_token_attr (unknown, control, user-defined).
@@ -62,6 +67,10 @@ def batch_tokens(weights_bytes: int, threads: int) -> int:
     """
     per_second = 12e9 * threads / max(1, weights_bytes)
     return int(max(_SMALLEST_BATCH_TOKENS, min(_LARGEST_BATCH_TOKENS, 0.7 * per_second)))
+
+
+def _has_long_run(text: str) -> bool:
+    return any(run.end() - run.start() > _LONGEST_RUN for run in _RUN.finditer(text))
 
 
 class _ModelParams(ctypes.Structure):
@@ -217,7 +226,7 @@ class Gpt4AllEngine:
         on_prefill: Callable[[int], None],
         cancelled: Callable[[], bool],
     ) -> Completion:
-        turns = self._turns(request.messages)
+        turns = self._turns(request.messages, request.told_time)
         prompt_tokens = self._tokenizer.count(turns)
         if prompt_tokens + request.max_tokens > self._description.context_length:
             raise EngineFailed("the request does not fit the context; it should have been refused before")
@@ -227,11 +236,16 @@ class Gpt4AllEngine:
         self._tokenizer.close()
         self._model.close()
 
-    def _turns(self, messages: Sequence[Message]) -> list[Turn]:
+    def _turns(self, messages: Sequence[Message], told_time: datetime | None = None) -> list[Turn]:
         for message in messages:
             if _UNPARSED.search(message.content):
                 raise RequestMalformed("the text holds NUL or a lone surrogate, which the engine cannot take")
-        turns = self._chat.turns(messages)
+            if len(message.content) > _LONGEST_RUN and _has_long_run(message.content):
+                raise RequestMalformed(
+                    f"the text holds a run of more than {_LONGEST_RUN} letters, spaces or signs without a break, "
+                    "which the engine cannot take"
+                )
+        turns = self._chat.turns(messages, told_time)
         if any(_PLACEHOLDER.search(turn.prefix + turn.suffix) for turn in turns):
             raise RequestMalformed("this model's chat template holds %1 or %2, which the engine cannot take")
         return turns

@@ -6,6 +6,7 @@ assume how many requests it can run side by side: ``Description.slots`` says so.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Literal, Protocol
 
 from service.engine.gguf import GgufHeader
@@ -35,11 +36,15 @@ class Sampling:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What one slot works on; prompt and ``max_tokens`` together fit the context (the caller has counted)."""
+    """What one slot works on; prompt and ``max_tokens`` together fit the context (the caller has counted).
+
+    ``told_time`` is the date that a chat template may write into the prompt; None stands for now.
+    """
 
     messages: tuple[Message, ...]
     max_tokens: int
     sampling: Sampling
+    told_time: datetime | None = None
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,11 @@ because every hand-over between threads would cost more than the message.
 import json
 import select
 import socket
+import struct
 from multiprocessing.connection import Connection
 from typing import Any
+
+_LONGEST_SEND_S = 10
 
 
 class Line:
@@ -45,7 +48,10 @@ class Line:
                 end.detach()
 
     def receive_lines(self, count: int) -> "list[Line]":
-        """Takes what ``send_lines`` has handed over."""
+        """Takes what ``send_lines`` has handed over.
+
+        Sending on them is bounded in time: a frozen process must not hold the sender of a large prompt for ever.
+        """
         with socket.socket(fileno=self._connection.fileno()) as end:
             try:
                 _, descriptors, _, _ = socket.recv_fds(end, 1, count)
@@ -53,6 +59,10 @@ class Line:
                 end.detach()
         if len(descriptors) != count:
             raise EOFError(f"{len(descriptors)} lines came where {count} were announced")
+        for descriptor in descriptors:
+            with socket.socket(fileno=descriptor) as line:
+                line.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _LONGEST_SEND_S, 0))
+                line.detach()
         return [Line(descriptor) for descriptor in descriptors]
 
     def hang_up(self) -> None:

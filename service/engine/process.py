@@ -18,7 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -58,8 +58,10 @@ class EngineSettings:
 
 def engine_settings(settings: Settings, golden: Literal["check", "record"] = "check") -> EngineSettings:
     """The engine's part of the service's settings."""
+    # A path is meant from where the person stands; the worker stands elsewhere.
+    is_path = os.sep in settings.model or settings.model.endswith(".gguf")
     return EngineSettings(
-        model=settings.model,
+        model=str(Path(settings.model).expanduser().absolute()) if is_path else settings.model,
         sha256=settings.model_sha256,
         name=settings.model_name,
         context_length=settings.context_length,
@@ -88,6 +90,7 @@ class _Life:
     counting: Line | None = None
     counting_lock: threading.Lock = field(default_factory=threading.Lock)
     free_slots: "queue.SimpleQueue[Line]" = field(default_factory=queue.SimpleQueue)
+    over: bool = False  # somebody has seen that it is over; ``ended`` follows when the reason is known
     ended: threading.Event = field(default_factory=threading.Event)
     reason: str = "the engine's process has ended"
 
@@ -110,8 +113,7 @@ class Stream:
             raise self._engine.lost(self._life) from error
         if message is None:
             if time.monotonic() - self._last_sign_s > self._stall_timeout_s:
-                self._engine.kill()
-                raise EngineLost(f"the engine gave no sign of life for {self._stall_timeout_s:.0f} s")
+                raise self._engine.lost(self._life, f"no sign of life for {self._stall_timeout_s:.0f} s")
             return None
         self._last_sign_s = time.monotonic()
         match message["type"]:
@@ -146,6 +148,7 @@ class EngineProcess:
         self._stopping = threading.Event()
         self._supervisor = threading.Thread(target=self._supervise, name="engine-supervisor", daemon=True)
         self.restarts = 0
+        self.first_speed: Completion | None = None  # of the golden answer of the latest start
 
     def start(self) -> None:
         self._supervisor.start()
@@ -158,13 +161,6 @@ class EngineProcess:
                 self._life.control.hang_up()
         if self._supervisor.is_alive():
             self._supervisor.join(timeout_s)
-
-    def kill(self) -> None:
-        """Kills an engine that hangs; the supervisor sees the end of its line and starts another."""
-        life = self._life
-        if life is not None:
-            life.child.kill()
-            self._note_end(life)
 
     @property
     def state(self) -> EngineState:
@@ -197,15 +193,18 @@ class EngineProcess:
         """Exact prompt tokens. Raises RequestMalformed, EngineLost or EngineFailed."""
         life = self._ready_life()
         assert life.counting is not None
-        with life.counting_lock:
-            try:
-                life.counting.send(type="count", messages=[asdict(message) for message in messages])
-                answer = life.counting.receive(timeout_s)
-            except (EOFError, OSError) as error:
-                raise self.lost(life) from error
-            if answer is None:
-                self.kill()
-                raise EngineLost(f"the engine did not count a prompt within {timeout_s:.0f} s")
+        if not life.counting_lock.acquire(timeout=2 * timeout_s):
+            raise self.lost(life, "the engine does not count any more", begun=False)
+        over_before = life.over
+        try:
+            life.counting.send(type="count", messages=[asdict(message) for message in messages])
+            answer = life.counting.receive(timeout_s)
+        except (EOFError, OSError) as error:
+            raise self.lost(life, begun=not over_before) from error
+        finally:
+            life.counting_lock.release()
+        if answer is None:
+            raise self.lost(life, f"the engine did not count a prompt within {timeout_s:.0f} s")
         match answer["type"]:
             case "counted":
                 return int(answer["tokens"])
@@ -222,24 +221,27 @@ class EngineProcess:
         try:
             line = life.free_slots.get_nowait()
         except queue.Empty as error:
+            if life.over:
+                raise EngineLost(life.reason, begun=False) from error
             raise EngineFailed("more generations were started than the engine has slots") from error
         try:
             line.send(type="generate", **asdict(request))
         except OSError as error:
-            raise self.lost(life) from error
+            raise self.lost(life, begun=False) from error
         return Stream(self, life, line, self._stall_timeout_s)
 
-    def lost(self, life: _Life) -> EngineLost:
-        """The error for a request whose line has ended, with the reason once the supervisor knows it."""
-        life.child.kill()  # a line may end for other reasons than death; then this life is of no use any more
+    def lost(self, life: _Life, reason: str | None = None, begun: bool = True) -> EngineLost:
+        """The error for a request whose line has ended or is silent; sees to it that this life is over."""
+        life.over = True
+        life.child.kill()
         self._note_end(life)
         life.ended.wait(5.0)
-        return EngineLost(life.reason)
+        return EngineLost(reason or life.reason, begun)
 
     def _ready_life(self) -> _Life:
         life, state = self._life, self._state
         if life is None or state.phase != "ready":
-            raise EngineLost(state.reason)
+            raise EngineLost(state.reason, begun=False)
         return life
 
     def _note_end(self, life: _Life) -> None:
@@ -262,9 +264,9 @@ class EngineProcess:
             self._set_state("starting", "the engine is starting")
             try:
                 was_ready, refusal = self._run_once()
-            except OSError as error:  # no process or no pipe could be made: try again as after a crash
+            except Exception as error:  # boundary of this thread: no process, thread or pipe could be made
                 was_ready, refusal = False, None
-                self._set_state("restarting", f"the engine's process could not be started: {error}")
+                self._set_state("restarting", f"the engine could not be started: {type(error).__name__}: {error}")
             if self._stopping.is_set():
                 break
             if refusal is not None:
@@ -272,7 +274,8 @@ class EngineProcess:
                 return
             failed_starts = 0 if was_ready else failed_starts + 1
             reason = self._state.reason
-            if failed_starts >= _FAILED_STARTS_LIMIT:
+            # What has worked once is tried for ever: the host may have been short of something for a while.
+            if failed_starts >= _FAILED_STARTS_LIMIT and self._description is None:
                 self._set_state("failed", f"{reason} ({failed_starts} starts in a row failed)")
                 return
             now_s = time.monotonic()
@@ -294,14 +297,14 @@ class EngineProcess:
         last_words: deque[str] = deque(maxlen=_LAST_WORDS_LINES)
         listener = threading.Thread(target=_listen, args=(child, last_words), daemon=True)
         listener.start()
-        watchdog = threading.Timer(self._load_timeout_s, child.kill)
+        watchdog = threading.Timer(self._load_timeout_s, self._end_loading, (life,))
         watchdog.daemon = True
         watchdog.start()
         with self._changed:
             self._life = life
             if self._stopping.is_set():
                 control.hang_up()
-        was_ready, refusal = False, None
+        was_ready, refusal, failure = False, None, None
         try:
             control.send(**asdict(self._settings))
             while (message := control.receive()) is not None:
@@ -312,10 +315,14 @@ class EngineProcess:
                         watchdog.cancel()
                         last_words.clear()  # what it said while it loaded did not kill it
                         self._take_lines(life, Description(**message["description"]))
+                        self.first_speed = Completion(**message["speed"])
                         was_ready = True
                         self._set_state("ready", "the engine is ready")
                     case "refused":
                         refusal = message["reason"]
+                        break
+                    case "failed":
+                        failure = message["reason"]
                         break
         except (EOFError, OSError):
             pass  # the worker is gone; why, its exit code says below
@@ -325,7 +332,10 @@ class EngineProcess:
             _reap(child)
             listener.join(1.0)
         words = "; ".join(line for line in last_words if line.strip())
-        life.reason = f"the engine ended {_describe_exit(child.returncode)}" + (f" ({words})" if words else "")
+        ending = f"the engine ended {_describe_exit(child.returncode)}" + (f" ({words})" if words else "")
+        if life.over and not was_ready:
+            failure = f"the model did not load within {self._load_timeout_s:.0f} s"
+        life.reason = failure or ending
         with self._changed:
             self._life = None
             self._state = EngineState("restarting", life.reason)
@@ -339,6 +349,14 @@ class EngineProcess:
         for line in slots:
             life.free_slots.put(line)
         self._description = description
+        # A later start serves the same file with the same room, or not at all.
+        pinned = {"sha256": description.sha256, "context_length": description.context_length}
+        self._settings = replace(self._settings, **pinned)
+
+    @staticmethod
+    def _end_loading(life: _Life) -> None:
+        life.over = True
+        life.child.kill()
 
 
 def _spawn(descriptor: int) -> "subprocess.Popen[bytes]":
@@ -368,11 +386,14 @@ def _listen(child: "subprocess.Popen[bytes]", last_words: deque[str]) -> None:
     """Keeps the last lines that the engine wrote to stderr: they say why it died."""
     assert child.stderr is not None
     with child.stderr:
-        for line in child.stderr:
+        while line := child.stderr.readline(4096):
             last_words.append(line.decode(errors="replace").strip()[:200])
 
 
 def _describe_exit(code: int | None) -> str:
     if code is None:
         return "without an exit code"
-    return f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+    if code >= 0:
+        return f"with exit code {code}"
+    known = {one.value: one.name for one in signal.Signals}
+    return f"by {known.get(-code, f'signal {-code}')}"

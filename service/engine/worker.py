@@ -8,10 +8,12 @@ running and nothing else.
 import ctypes
 import importlib
 import os
+import resource
 import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -19,19 +21,22 @@ from typing import Any
 
 from service import golden
 from service.engine import gguf, host
-from service.engine.interface import Engine, GenerationRequest, Message, ModelSpec, Piece, Sampling
+from service.engine.interface import Completion, Engine, GenerationRequest, Message, ModelSpec, Piece, Sampling
 from service.engine.line import Line, line_pair
-from service.errors import ModelRefused, RequestMalformed, ServiceError
+from service.errors import MemoryShort, ModelRefused, RequestMalformed, ServiceError
 from service.models import open_verified, resolve
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _SIGN_OF_LIFE_EVERY_S = 0.25
+# Address space, used only when needed: llama.cpp splits text of some vocabularies with a recursive std::regex, which
+# takes up to 400 bytes of stack for each character of an unbroken run (measured); the adapter bounds the run.
+_THREAD_STACK_BYTES = 64 << 20
 
 
 def choose_context_length(header: gguf.GgufHeader, asked: int | None, memory_bytes: int) -> int:
     """The context to open: what was asked for, else all that the file allows and the memory holds.
 
-    Raises ModelRefused if the file does not allow it, or the memory does not hold it.
+    Raises ModelRefused if the file does not allow it, MemoryShort if the memory does not hold it now.
     """
     if asked is not None and asked > header.context_length:
         raise ModelRefused(f"the model's context ends at {header.context_length} tokens, {asked} were asked for")
@@ -39,7 +44,7 @@ def choose_context_length(header: gguf.GgufHeader, asked: int | None, memory_byt
     wanted = asked or largest
     if largest < max(1, wanted):
         need = gguf.required_memory_bytes(header, asked or min(512, header.context_length))
-        raise ModelRefused(
+        raise MemoryShort(
             f"the model needs {need / 1e9:.2f} GB of memory with a context of "
             f"{asked or min(512, header.context_length)} tokens, {memory_bytes / 1e9:.2f} GB are free"
         )
@@ -87,21 +92,22 @@ class Worker:
             engine = load_engine(settings, lambda phase: _send(self._control, type="phase", phase=phase))
             description = engine.describe()
             _send(self._control, type="phase", phase="checking")
-            _check_golden(engine, description.sha256, settings)
-        except ServiceError as error:
+            speed = _check_golden(engine, description.sha256, settings)
+            pairs = [line_pair() for _ in range(1 + description.slots)]
+        except ModelRefused as error:
             _send(self._control, type="refused", reason=str(error))
             return
-        except Exception as error:  # the boundary of this process: a bug is told, not left to a silent thread
-            reason = f"the engine could not start: {type(error).__name__}: {error}"
-            _send(self._control, type="refused", reason=" ".join(reason.split()))
-            raise
-        counting, *slots = (line_pair() for _ in range(1 + description.slots))
-        _send(self._control, type="ready", description=asdict(description))
-        self._control.send_lines([theirs for _, theirs in (counting, *slots)])
-        for _, theirs in (counting, *slots):
-            os.close(theirs)
-        threading.Thread(target=_serve_counts, args=(engine, counting[0]), daemon=True).start()
-        for line, _ in slots:
+        except Exception as error:  # the boundary of this process: told, and tried again like a crash
+            reason = str(error) if isinstance(error, ServiceError) else f"{type(error).__name__}: {error}"
+            _send(self._control, type="failed", reason=" ".join(reason.split()))
+            return
+        ours, theirs = zip(*pairs, strict=True)
+        _send(self._control, type="ready", description=asdict(description), speed=asdict(speed))
+        self._control.send_lines(list(theirs))
+        for descriptor in theirs:
+            os.close(descriptor)
+        threading.Thread(target=_serve_counts, args=(engine, ours[0]), daemon=True).start()
+        for line in ours[1:]:
             threading.Thread(target=_serve_slot, args=(engine, line), daemon=True).start()
 
 
@@ -123,17 +129,17 @@ def _send(line: Line, **message: Any) -> None:
         os._exit(0)
 
 
-def _check_golden(engine: Engine, sha256: str, settings: dict[str, Any]) -> None:
+def _check_golden(engine: Engine, sha256: str, settings: dict[str, Any]) -> Completion:
+    """Checks or records the golden answer; what it took is the first measurement of the engine's speed."""
     state_dir = Path(settings["state_dir"])
     recorded = golden.find_golden(state_dir, sha256)
     if recorded is not None:
-        golden.check(engine, recorded)
-    elif settings["golden"] == "record":
-        golden.save_golden(state_dir, sha256, golden.record(engine))
-    else:
-        raise ModelRefused(
-            "no golden answer is recorded for this model; record it once with: python -m service record"
-        )
+        return golden.check(engine, recorded)
+    if settings["golden"] == "record":
+        made, speed = golden.record(engine)
+        golden.save_golden(state_dir, sha256, made)
+        return speed
+    raise ModelRefused("no golden answer is recorded for this model; record it once with: python -m service record")
 
 
 def _serve_counts(engine: Engine, line: Line) -> None:
@@ -145,7 +151,7 @@ def _serve_counts(engine: Engine, line: Line) -> None:
         except RequestMalformed as error:
             _send(line, type="malformed", error=str(error))
         except Exception as error:  # told to the one request it belongs to
-            _send(line, type="failed", error=f"{type(error).__name__}: {error}")
+            _send(line, type="failed", error=_describe(error))
 
 
 def _serve_slot(engine: Engine, line: Line) -> None:
@@ -177,7 +183,15 @@ def _generate(engine: Engine, line: Line, message: dict[str, Any]) -> None:
         done = engine.generate(request, on_piece, on_prefill, cancelled=line.has_input)
         _send(line, type="done", completion=asdict(done))
     except Exception as error:  # told to the one request it belongs to
-        _send(line, type="failed", error=f"{type(error).__name__}: {error}")
+        _send(line, type="failed", error=_describe(error))
+
+
+def _describe(error: Exception) -> str:
+    """For the log: messages of unknown errors may quote a prompt, so type and place stand for them."""
+    if isinstance(error, ServiceError):
+        return str(error)
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} at {Path(place.filename).name}:{place.lineno}"
 
 
 def main(descriptor: int, parent_pid: int) -> None:
@@ -186,6 +200,9 @@ def main(descriptor: int, parent_pid: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # A core dump would be the prompt on the disk.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    threading.stack_size(_THREAD_STACK_BYTES)
     if os.getppid() != parent_pid:
         return
     Worker(Line(descriptor)).run()

@@ -30,8 +30,7 @@ class GenerateResource:
         body = req.bounded_stream.read(settings.body_limit_bytes + 1)
         request = parse_generate(parse_json(body, settings.body_limit_bytes), settings.largest_max_tokens)
         deadline_s = parse_deadline(req.get_header("X-Deadline-S"))
-        watch = ClientWatch(req.env.get("gunicorn.socket"))
-        generation = self._generator.begin(request, deadline_s, watch.gone)
+        generation = self._generator.begin(request, deadline_s, ClientWatch(req.env.get("gunicorn.socket")))
         if request.stream:
             resp.content_type = "text/event-stream; charset=utf-8"
             resp.set_header("X-Accel-Buffering", "no")

@@ -77,6 +77,7 @@ def fastapi(port: str) -> None:
     from fastapi import FastAPI
     from pydantic import BaseModel
 
+    from service.connection import ClientWatch
     from service.schema import parse_generate
     from service.wsgi import runtime
 
@@ -88,7 +89,7 @@ def fastapi(port: str) -> None:
 
     @app.post("/generate")
     def generate(body: Body) -> dict[str, Any]:
-        generation = runtime.generator.begin(parse_generate(body.model_dump(), 4096), None, lambda: False)
+        generation = runtime.generator.begin(parse_generate(body.model_dump(), 4096), None, ClientWatch(None))
         texts = []
         try:
             while not generation.ended:

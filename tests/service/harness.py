@@ -115,6 +115,8 @@ class Service:
                 seen = self.get("/ready").json
                 if seen["status"] in phases:
                     return seen
+                if seen["status"] == "failed":
+                    break
             except (OSError, http.client.HTTPException):
                 pass  # not listening yet
             time.sleep(0.02)

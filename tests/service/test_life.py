@@ -2,12 +2,25 @@
 
 import json
 import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import psutil
 
-from tests.service.harness import FAKE, Answer, Service, read_events, running_service
+from tests import gguf_writer
+from tests.service.harness import (
+    FAKE,
+    ROOT,
+    Answer,
+    Service,
+    free_port,
+    read_events,
+    running_service,
+    write_small_model,
+)
 
 
 def test_drain_under_load_loses_nothing(fake: Service) -> None:
@@ -192,6 +205,84 @@ def test_hanging_engine_is_replaced() -> None:
         assert service.generate("hang").status == 500
         assert time.monotonic() - start_s < 4
         assert service.generate("say fine").json["response"] == "fine"
+
+
+def test_frozen_engine_does_not_hold_the_service(fake: Service) -> None:
+    """An engine that is frozen while a large prompt is on its way to it is replaced; nobody waits for ever."""
+    frozen = fake.engine
+    frozen.suspend()
+    start_s = time.monotonic()
+    answers: list[Answer] = []
+    threads = [
+        threading.Thread(target=lambda prompt=prompt: answers.append(fake.generate(prompt)))
+        for prompt in ("x " * 300_000, "say small")
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(50)
+    assert time.monotonic() - start_s < 45
+    assert sorted(answer.status for answer in answers) in ([200, 400], [200, 500])
+    assert not frozen.is_running()
+    fake.wait_phase("ready")
+
+
+def test_short_memory_at_a_restart_is_not_the_end(tmp_path: Path) -> None:
+    """A model that was served and does not fit for a while is tried until it fits again."""
+    shortage = tmp_path / "shortage"
+    with running_service(engine_adapter=FAKE, model_name=shortage) as service:
+        shortage.touch()
+        service.engine.kill()
+        end_s = time.monotonic() + 20
+        while len([line for line in service.logs("engine") if "short of memory" in line["reason"]]) < 6:
+            assert time.monotonic() < end_s
+            time.sleep(0.1)
+        assert service.get("/ready").json["status"] != "failed"
+        shortage.unlink()
+        service.wait_phase("ready")
+
+
+def test_reload_keeps_the_drain_command(fake: Service) -> None:
+    """After SIGHUP the new worker answers the drain command, also once the old one has gone."""
+    old = fake.web.pid
+    fake.process.send_signal(signal.SIGHUP)
+    end_s = time.monotonic() + 20
+    while psutil.pid_exists(old) or not [p for p in psutil.Process(fake.process.pid).children() if p.pid != old]:
+        assert time.monotonic() < end_s
+        time.sleep(0.05)
+    fake.wait_phase("ready")
+    assert fake.drain("--limit", "0").returncode == 0
+
+
+def test_gunicorns_arguments_cannot_open_the_service(fake: Service) -> None:
+    """GUNICORN_CMD_ARGS with another address is refused with one line; nothing listens there."""
+    environment = {**fake.environment, "GUNICORN_CMD_ARGS": "--bind 127.0.0.2:18777", "LLM_PORT": str(free_port())}
+    command = [sys.executable, "-m", "gunicorn", "-c", "service/gunicorn.conf.py"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=30)
+    assert done.returncode != 0
+    assert "error: bind, workers" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_unknown_failures_do_not_quote_prompts(fake: Service) -> None:
+    """A failure inside the engine whose message would quote the prompt is logged by type and place."""
+    assert fake.generate("pause SECRET-PROMPT-TEXT").status == 500
+    assert "SECRET" not in fake.log_path.read_text()
+    assert any("ValueError at fake_engine.py" in line["error"] for line in fake.logs("failure"))
+
+
+def test_long_runs_do_not_overflow_the_engines_stack(tmp_path: Path) -> None:
+    """A vocabulary whose text is split recursively (Qwen's) takes long unbroken runs or refuses them, and lives."""
+    path = write_small_model(tmp_path)
+    model = gguf_writer.read(path.read_bytes())
+    model.put("tokenizer.ggml.pre", gguf_writer.STRING, b"qwen2")
+    path.write_bytes(model.to_bytes())
+    with running_service(model=path) as service:
+        for letter in ("a", "1", "!", " ", "\n"):
+            taken = service.generate(letter * 49_000)
+            assert (taken.status, taken.json["type"][-8:]) == (400, "exceeded"), letter
+            assert service.generate(letter * 200_000).status == 400
+        assert service.metric("llm_engine_restarts_total") == 0
 
 
 def test_loading_is_told() -> None:

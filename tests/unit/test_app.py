@@ -163,8 +163,9 @@ def test_not_ready_is_told_with_retry_after(bench: Bench) -> None:
     assert bench.client.simulate_get("/version").json["model"] is None
 
 
-def test_failed_engine_stays_told(bench: Bench) -> None:
-    """An engine that has failed for good answers 503 with its reason."""
+def test_failed_engine_stays_told(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that has failed for good, and was never ready, answers 503 with its reason."""
+    monkeypatch.setattr(bench.engine, "describe", lambda: None)
     bench.engine.state = EngineState("failed", "the model's file is truncated")
     document = assert_problem(bench.post({"prompt": "x"}), 503, "engine-failed")
     assert document["detail"] == "the model's file is truncated"
@@ -176,6 +177,8 @@ def test_another_requests_crash_while_counting_is_survived(bench: Bench) -> None
     assert bench.post({"prompt": "say x"}).status_code == 200
     bench.engine.lose_counts = 2
     assert_problem(bench.post({"prompt": "say x"}), 500, "engine-failed")
+    bench.engine.lose_counts, bench.engine.begun = 5, False  # five crashes while this one only waited its turn
+    assert bench.post({"prompt": "say x"}).status_code == 200
 
 
 def test_drained_service_refuses_and_closes(bench: Bench) -> None:

@@ -21,6 +21,20 @@ def learned(scheduler: Scheduler, decode_tokens_per_s: float = 10.0) -> Schedule
     return scheduler
 
 
+def test_nobody_is_refused_on_a_guess() -> None:
+    """Before anything was measured, and when the newest measurement is old, a deadline is no reason to refuse."""
+    clock = Clock()
+    scheduler = Scheduler(queue_size=3, clock=clock)
+    ticket = scheduler.admit()
+    ticket.declare(Work(1000, 4096), 0.001)
+    ticket.release()
+    ticket = learned(scheduler).admit()
+    with pytest.raises(Unavailable):
+        ticket.declare(Work(0, 100), 5)
+    clock.now_s += 120
+    ticket.declare(Work(0, 100), 5)
+
+
 def test_turns_go_in_order_of_arrival() -> None:
     """One slot: the first runs at once, the others in order as the slot is released."""
     scheduler = Scheduler(queue_size=2)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from service.errors import SettingsInvalid
-from service.settings import SETTINGS, Settings, describe_settings, read_settings
+from service.settings import SETTINGS, Settings, check_folders, describe_settings, read_settings
 
 HOME = {"HOME": "/home/x"}
 
@@ -64,3 +64,15 @@ def test_long_socket_path_is_told() -> None:
     """A control socket whose path the kernel would not take is refused when the settings are read."""
     with pytest.raises(SettingsInvalid, match="100 bytes"):
         read_settings({**HOME, "LLM_CONTROL_SOCKET": "/" + "x" * 120})
+
+
+def test_folders_that_cannot_be_used_are_told(tmp_path: Path) -> None:
+    """Folders are made when they are missing; each that cannot be is named with its variable."""
+    (tmp_path / "file").write_text("")
+    wrong = {"LLM_STATE_DIR": str(tmp_path / "file" / "x"), "LLM_CONTROL_SOCKET": str(tmp_path / "file" / "y" / "s")}
+    with pytest.raises(SettingsInvalid) as caught:
+        check_folders(read_settings({**HOME, **wrong}))
+    assert len(caught.value.problems) == 2
+    right = {"LLM_STATE_DIR": str(tmp_path / "state"), "LLM_CONTROL_SOCKET": str(tmp_path / "run" / "s")}
+    check_folders(read_settings({**HOME, **right}))
+    assert (tmp_path / "run").is_dir()

@@ -2,13 +2,16 @@
 
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from service import golden
 from service.engine import gguf
+from service.engine.chat import ChatTemplate
+from service.engine.interface import Completion, GenerationRequest, Message
 from service.engine.worker import choose_context_length
-from service.errors import ModelRefused
+from service.errors import MemoryShort, ModelRefused
 from tests.fake_engine import FakeEngine
 from tests.gguf_writer import small_model
 
@@ -33,19 +36,19 @@ def test_wish_is_taken_or_refused_whole() -> None:
     assert choose_context_length(HEADER, 64, PLENTY) == 64
     with pytest.raises(ModelRefused, match="context ends at"):
         choose_context_length(HEADER, HEADER.context_length + 1, PLENTY)
-    with pytest.raises(ModelRefused, match="GB of memory"):
+    with pytest.raises(MemoryShort, match="GB of memory"):
         choose_context_length(HEADER, HEADER.context_length, gguf.required_memory_bytes(HEADER, 64) - 1)
 
 
 def test_too_big_for_the_memory_is_told_with_figures() -> None:
     """A model that does not fit at all is refused with what it needs and what is free."""
-    with pytest.raises(ModelRefused, match=r"needs [0-9.]+ GB of memory .* 0\.00 GB are free"):
+    with pytest.raises(MemoryShort, match=r"needs [0-9.]+ GB of memory .* 0\.00 GB are free"):
         choose_context_length(HEADER, None, 1000)
 
 
 def test_golden_answer_is_kept_by_digest(tmp_path: Path) -> None:
     """What was recorded for one digest is found by it and by no other."""
-    made = golden.record(FakeEngine())
+    made, _ = golden.record(FakeEngine())
     golden.save_golden(tmp_path, "a" * 64, made)
     assert golden.find_golden(tmp_path, "a" * 64) == made
     assert golden.find_golden(tmp_path, "b" * 64) is None
@@ -53,7 +56,7 @@ def test_golden_answer_is_kept_by_digest(tmp_path: Path) -> None:
 
 def test_other_answer_is_refused(tmp_path: Path) -> None:
     """An engine that says anything else than what was recorded is refused."""
-    made = golden.record(FakeEngine())
+    made, _ = golden.record(FakeEngine())
     golden.check(FakeEngine(), made)
     with pytest.raises(ModelRefused, match="golden answer is wrong"):
         golden.check(FakeEngine(), golden.Golden(made.prompt, made.max_tokens, made.response + "."))
@@ -67,3 +70,28 @@ def test_unreadable_record_is_refused(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(ModelRefused, match="record it again"):
         golden.find_golden(tmp_path, "a" * 64)
+
+
+def test_empty_answer_is_no_golden_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that says nothing is what a damaged one looks like: nothing is recorded."""
+    engine = FakeEngine()
+    monkeypatch.setattr(golden, "RECORDING_PROMPT", "say")
+    with pytest.raises(ModelRefused, match="says nothing"):
+        golden.record(engine)
+
+
+def test_golden_question_is_asked_as_of_one_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A template may write the date into the prompt; the golden question always tells the same one."""
+    engine, told = FakeEngine(), set()
+    answer = engine.generate
+
+    def generate(request: GenerationRequest, *callbacks: Any) -> Completion:
+        told.add(request.told_time)
+        return answer(request, *callbacks)
+
+    monkeypatch.setattr(engine, "generate", generate)
+    golden.record(engine)
+    (day,) = told
+    template = ChatTemplate("{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}", "", "", False)
+    assert template.turns([Message("user", "x")], day)[0].prefix == "01 Jan 2026 "
+    assert template.turns([Message("user", "x")])[0].prefix != "01 Jan 2026 "
