@@ -20,7 +20,7 @@ from service.engine import host
 from tests.bench.model import half_billion, prompt_of
 from tests.service.harness import FAKE, ROOT, Service, free_port, running_service, service_environment
 
-ROUNDS = 5
+ROUNDS = 9
 PROMPT_LETTERS, ANSWER_TOKENS = 285, 64  # with the template's marks about 300 prompt tokens
 
 
