@@ -8,6 +8,7 @@
 """
 
 import json
+import select
 import socket
 import threading
 import time
@@ -27,6 +28,7 @@ from service.accounts import Log
 
 _WATCH_EVERY_S = 0.25
 _LINGER_S = 0.5
+_KEPT_PAUSE_MS = 2
 _LONGEST_SILENCE_MS = 15_000
 
 
@@ -115,15 +117,20 @@ class WebWorker(ThreadWorker):
         self.poller.register(client, EVENT_READ, partial(self.on_pending_socket_readable, conn))
 
     def handle(self, conn: TConn) -> Any:
-        self._deadlines.start(conn.sock, self.header_timeout_s)
-        try:
-            keep = super().handle(conn)
-        finally:
-            self._deadlines.end(conn.sock)
+        keep = self._handle_one(conn)
+        while keep is True and self.alive and self.nr_conns <= self.cfg.threads // 2 and _has_more(conn):
+            keep = self._handle_one(conn)
         if not keep:
             # gunicorn would do this in its main loop, where one client that does not close stops all others for 2 s.
             util.close_graceful(conn.sock, timeout=_LINGER_S)
         return keep
+
+    def _handle_one(self, conn: TConn) -> Any:
+        self._deadlines.start(conn.sock, self.header_timeout_s)
+        try:
+            return super().handle(conn)
+        finally:
+            self._deadlines.end(conn.sock)
 
     def handle_request(self, req: Any, conn: TConn) -> Any:
         self._current.request = req
@@ -198,6 +205,17 @@ class WebWorker(ThreadWorker):
             return start_response(status, headers, exc_info)
 
         return application(environ, start)
+
+
+def _has_more(conn: TConn) -> bool:
+    """Whether the next request of a kept connection is there, or comes at once.
+
+    A program that asks again as soon as it has its answer is then served by the same thread: the way through
+    gunicorn's main loop takes longer than such a program's pause.
+    """
+    poll = select.poll()
+    poll.register(conn.sock, select.POLLIN)
+    return bool(poll.poll(_KEPT_PAUSE_MS))
 
 
 def _render(problem: problems.Problem, request_id: str) -> bytes:
