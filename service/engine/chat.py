@@ -5,6 +5,7 @@ marks, in which control tokens are meant; a text is put in later and is never pa
 a mark. A file without a template gets the prompt as it is.
 """
 
+import contextlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,6 +58,9 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(source)
             self.turns([Message("user", "probe")])
+            # A system message may lead through other parts of the template: if they do not end, nor does the load.
+            with contextlib.suppress(RequestMalformed):
+                self.turns([Message("system", "probe"), Message("user", "probe")])
         except (TemplateError, RequestMalformed) as error:
             raise ModelRefused(f"the model's chat template cannot be used: {error}") from error
 
