@@ -89,8 +89,15 @@ def main(requirement_files):
     python = os.path.join(VENV, "bin", "python")
     print("Setting up .venv (once; about 130 MB to fetch) …", file=sys.stderr)
     works = os.path.exists(python) and subprocess.call([python, "-c", ""], stderr=subprocess.DEVNULL) == 0
-    clear = [] if works else ["--clear"]
-    run([sys.executable, "-m", "venv"] + clear + [VENV], "check that this folder is writable and the disk not full")
+    import venv
+
+    try:
+        # In this process: an interrupted child would show its traceback.
+        venv.create(VENV, with_pip=True, clear=not works)
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the next run goes on from here")
+    except (OSError, subprocess.CalledProcessError) as error:
+        fail("the virtual environment cannot be made: %s" % error, "check that the folder is writable, the disk not full")
     options = ["--quiet", "--disable-pip-version-check", "--require-hashes", "--no-deps", "--only-binary", ":all:"]
     for path in requirement_files:
         run(

@@ -25,6 +25,10 @@ class MemoryShort(ServiceError):
     """The model does not fit the memory that is free now; that may change."""
 
 
+class StateUnwritable(ServiceError):
+    """What must be remembered cannot be written: a full disk, or a folder of somebody else's."""
+
+
 class FetchFailed(ServiceError):
     """A model could not be downloaded; what has arrived is kept and the next try goes on from there."""
 

@@ -5,6 +5,7 @@ engine; the start that checks never records. The starter's stands beside it in t
 folder, one file a model, named by its SHA-256, so that another model cannot pass by this one's answer.
 """
 
+import contextlib
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -12,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 
 from service.engine.interface import Completion, Engine, GenerationRequest, Message, Piece, Sampling
-from service.errors import ModelRefused
+from service.errors import ModelRefused, StateUnwritable
 
 STARTER_RECORD = Path(__file__).parent / "starter" / "starter.json"
 RECORDING_PROMPT = "Name three colours."
@@ -48,12 +49,17 @@ def find_golden(state_dir: Path, sha256: str) -> Golden | None:
 
 
 def save_golden(state_dir: Path, sha256: str, golden: Golden) -> Path:
-    """Writes a record whole or not at all, and returns its path."""
+    """Writes a record whole or not at all, and returns its path. Raises StateUnwritable."""
     path = golden_path(state_dir, sha256)
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(asdict(golden), indent=1) + "\n")
-    temporary.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        temporary.write_text(json.dumps(asdict(golden), indent=1) + "\n")
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise StateUnwritable(f"the golden answer cannot be kept in {path}: {error.strerror}") from error
     return path
 
 

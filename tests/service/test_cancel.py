@@ -16,7 +16,7 @@ def test_leaving_while_decoding_frees_the_slot(fake: Service, stream: bool) -> N
     fake.wait_running(1)
     time.sleep(0.3)
     client.close()
-    assert fake.wait_idle() < 0.6
+    assert fake.wait_idle() < 1.5
     assert fake.metric("llm_cancelled_total", reason="client") == 1
     entry = fake.logs("request")[-2:]
     assert any(line.get("client_left") and line["status"] == 499 for line in fake.logs("request")), entry
@@ -29,7 +29,7 @@ def test_leaving_during_prefill_frees_the_slot(fake: Service, stream: bool) -> N
     fake.wait_running(1)
     time.sleep(0.2)
     client.close()
-    assert fake.wait_idle() < 1.0
+    assert fake.wait_idle() < 2.0
     assert fake.metric("llm_tokens_generated_total") == 0
 
 
@@ -41,7 +41,7 @@ def test_leaving_the_queue_takes_effect_at_once(fake: Service, stream: bool) -> 
     waiting = fake.open_generate("say never", stream=stream)
     fake.wait_running(1, 1)
     waiting.close()
-    fake.wait_running(1, 0, timeout_s=1.0)
+    fake.wait_running(1, 0, timeout_s=2.0)
     events = list(read_events(running))
     assert events[-1][1]["usage"]["completion_tokens"] == 60
     running.close()
@@ -53,7 +53,7 @@ def test_half_open_reset_is_a_leaving_too(fake: Service) -> None:
     fake.wait_running(1)
     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
     client.close()
-    assert fake.wait_idle() < 0.6
+    assert fake.wait_idle() < 1.5
 
 
 def test_real_engine_stops_within_a_token() -> None:

@@ -17,13 +17,13 @@ def test_full_queue_is_refused_with_retry_after(fake: Service) -> None:
     fake.wait_running(1, 3)
     start_s = time.monotonic()
     refused = fake.generate("say no")
-    assert time.monotonic() - start_s < 0.5
+    assert time.monotonic() - start_s < 1.5
     assert refused.status == 503
     assert refused.headers["content-type"] == "application/problem+json"
     assert refused.json["type"].endswith("queue-full")
     retry_after_s = int(refused.headers["retry-after"])
     assert 1 <= retry_after_s <= 4
-    time.sleep(retry_after_s)
+    time.sleep(retry_after_s + 0.3)
     assert fake.generate("say yes").status == 200
     assert fake.metric("llm_refusals_total", reason="queue_full") == 1
     for client in clients:
@@ -75,7 +75,7 @@ def test_queue_wait_has_a_limit() -> None:
         start_s = time.monotonic()
         refused = service.generate("say late")
         assert refused.status == 503
-        assert 0.4 < time.monotonic() - start_s < 2
+        assert 0.4 < time.monotonic() - start_s < 3
         assert refused.json["type"].endswith("queue-timeout")
         running.close()
 
@@ -97,7 +97,7 @@ def test_slow_clients_do_not_stop_health() -> None:
             assert service.get("/health").status == 200
             slowest_s = max(slowest_s, time.monotonic() - start_s)
             time.sleep(0.1)
-        assert slowest_s < 0.5
+        assert slowest_s < 1.5
         for client in clients:
             client.settimeout(1)
             try:

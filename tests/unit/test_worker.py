@@ -11,7 +11,7 @@ from service.engine import gguf
 from service.engine.chat import ChatTemplate
 from service.engine.interface import Completion, GenerationRequest, Message
 from service.engine.worker import choose_context_length
-from service.errors import MemoryShort, ModelRefused
+from service.errors import MemoryShort, ModelRefused, StateUnwritable
 from tests.fake_engine import FakeEngine
 from tests.gguf_writer import small_model
 
@@ -95,3 +95,11 @@ def test_golden_question_is_asked_as_of_one_day(monkeypatch: pytest.MonkeyPatch)
     template = ChatTemplate("{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}", "", "", False)
     assert template.turns([Message("user", "x")], day)[0].prefix == "01 Jan 2026 "
     assert template.turns([Message("user", "x")])[0].prefix != "01 Jan 2026 "
+
+
+def test_record_that_cannot_be_kept_is_told(tmp_path: Path) -> None:
+    """Without room for the record nothing half-written stays, and the path is named."""
+    (tmp_path / "golden").write_text("in the way")
+    made, _ = golden.record(FakeEngine())
+    with pytest.raises(StateUnwritable, match=str(tmp_path / "golden")):
+        golden.save_golden(tmp_path, "a" * 64, made)
