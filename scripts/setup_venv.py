@@ -97,7 +97,7 @@ def main(requirement_files):
     except KeyboardInterrupt:
         sys.exit("interrupted; the next run goes on from here")
     except (OSError, subprocess.CalledProcessError) as error:
-        fail("the virtual environment cannot be made: %s" % error, "check that the folder is writable, the disk not full")
+        fail("the virtual environment cannot be made: %s" % error, "see that the folder is writable, the disk not full")
     options = ["--quiet", "--disable-pip-version-check", "--require-hashes", "--no-deps", "--only-binary", ":all:"]
     for path in requirement_files:
         run(
