@@ -91,7 +91,7 @@ class Generator:
         try:
             ticket = self._admit()
             try:
-                prompt_tokens = self._count(request, client.gone)
+                prompt_tokens = self._count(request, deadline_s, client.gone)
                 max_tokens = self._fit(request, prompt_tokens)
                 ticket.declare(Work(prompt_tokens, max_tokens), deadline_s)
             except BaseException:
@@ -124,12 +124,13 @@ class Generator:
             raise Unavailable("loading", state.reason, 2.0)
         return self.scheduler.admit()
 
-    def _count(self, request: GenerateRequest, gone: Callable[[], bool]) -> int:
+    def _count(self, request: GenerateRequest, deadline_s: float | None, gone: Callable[[], bool]) -> int:
         """Counts, through restarts of the engine if there are any: another request's crash is not this one's.
 
         Only a prompt that the engine had in its hands twice when it died is held to be the cause.
         """
-        limit_s = time.monotonic() + self.settings.queue_wait_s
+        longest_s = self.settings.queue_wait_s
+        limit_s = time.monotonic() + (longest_s if deadline_s is None else min(longest_s, deadline_s))
         deaths = 0
         while True:
             while not self.engine.wait_ready(_TICK_S):

@@ -163,6 +163,16 @@ def test_not_ready_is_told_with_retry_after(bench: Bench) -> None:
     assert bench.client.simulate_get("/version").json["model"] is None
 
 
+def test_restart_that_outlasts_the_deadline_is_told(bench: Bench) -> None:
+    """A request that waits for a restarting engine waits no longer than its own deadline."""
+    bench.engine.state = EngineState("restarting", "the engine ended by SIGKILL")
+    start_s = time.monotonic()
+    refused = bench.post({"prompt": "say x"}, headers={"X-Deadline-S": "0.2"})
+    assert_problem(refused, 503, "loading")
+    assert 0.15 < time.monotonic() - start_s < 3
+    assert bench.scheduler.counts() == (0, 0)
+
+
 def test_failed_engine_stays_told(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine that has failed for good, and was never ready, answers 503 with its reason."""
     monkeypatch.setattr(bench.engine, "describe", lambda: None)
