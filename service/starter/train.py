@@ -81,7 +81,7 @@ class Preset:
 
 
 PRESETS = {
-    "starter": Preset(256, 4, 8, 4, 512, 1536, 1024, 2048, 3600, 2.5e-3),
+    "starter": Preset(256, 4, 8, 4, 512, 1536, 1024, 2048, 5000, 2.5e-3),
     # Knows four things. It is there to prove, within a minute, that the whole way from text to file works.
     "tiny": Preset(64, 2, 4, 2, 128, 512, 512, 1024, 400, 5e-3, ("start", "tests", "bench", "thanks")),
 }
