@@ -1,13 +1,15 @@
-"""Owns who works when: a bounded queue over the engine's slots, predictions of its waits, deadlines and draining.
+"""Owns who works when: a bounded, fair queue over the engine's slots, predictions of its waits, deadlines, draining.
 
-It knows nothing of HTTP nor of the engine beyond the number of slots and the speeds it is told.
+It knows nothing of HTTP nor of the engine beyond the number of slots and the speeds it is told, and of the owner of a
+request nothing but that it is another than the next.
 """
 
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 
 from service.errors import Unavailable
 
@@ -59,6 +61,10 @@ class Speed:
         """Whether there is a measurement that is not too old to refuse a request for."""
         return self._learnt_s is not None and self._clock() - self._learnt_s < _SPEED_HOLDS_S
 
+    def tokens_per_second(self) -> float | None:
+        """How fast one request's answer is written, averaged over the last ones; None before anything was measured."""
+        return 1 / self._decode_s if self._decode_s else None
+
     def expected_s(self, work: Work) -> float:
         """How long such a request usually takes; 0 before anything was measured."""
         return self._predict_s(work, self._share_used)
@@ -78,13 +84,18 @@ def _blend(average: float | None, newest: float) -> float:
 class Ticket:
     """A place in the queue, later a slot; it must be released, however the request ends."""
 
-    def __init__(self, scheduler: "Scheduler"):
+    def __init__(self, scheduler: "Scheduler", owner: str, address: str):
         self._scheduler = scheduler
+        self.owner, self.address = owner, address
         self.turn = threading.Event()
         self.released = False
         self.work: Work | None = None
         self.admitted_s = scheduler.clock()
         self.started_s: float | None = None
+
+    def is_of(self, identity: str) -> bool:
+        """Whether it belongs to this owner, or came from this address."""
+        return identity in (self.owner, self.address)
 
     def wait_turn(self, timeout_s: float) -> bool:
         """Waits for the slot at most ``timeout_s``; tells whether it is this request's turn."""
@@ -104,17 +115,24 @@ class Ticket:
 
 
 class Scheduler:
-    """First come, first served over ``slots``, with at most ``queue_size`` waiting."""
+    """Turns over ``slots`` go from owner to owner, an owner's requests in order; at most ``queue_size`` wait.
+
+    A quarter of the places is kept for owners who have nothing waiting, so that one who fills the queue does not shut
+    the others out of it.
+    """
 
     def __init__(self, queue_size: int, clock: Callable[[], float] = time.monotonic):
         self.clock = clock
         self.speed = Speed(clock)
         self._queue_size = queue_size
+        self._kept_places = queue_size // 4
         self._slots = 1
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
-        self._waiting: deque[Ticket] = deque()
+        self._waiting: list[Ticket] = []  # in order of arrival
         self._running: set[Ticket] = set()
+        self._turns = 0
+        self._last_turn: dict[str, int] = {}  # of owners who have something waiting or running
         self._draining = False
 
     def set_slots(self, slots: int) -> None:
@@ -123,19 +141,14 @@ class Scheduler:
             self._slots = slots
             self._promote()
 
-    def admit(self) -> Ticket:
+    def admit(self, owner: str = "", address: str = "") -> Ticket:
         """Takes a place. Raises Unavailable when draining or full."""
         with self._lock:
             if self._draining:
                 raise Unavailable("draining", "the service is draining; ask another node", 1.0)
-            if len(self._running) >= self._slots and len(self._waiting) >= self._queue_size:
-                wait_s = self._predict_place_s()
-                raise Unavailable(
-                    "queue_full",
-                    f"{len(self._waiting)} requests are waiting already; a place is free in about {wait_s:.0f} s",
-                    wait_s,
-                )
-            ticket = Ticket(self)
+            if len(self._running) >= self._slots:
+                self._check_place(owner)
+            ticket = Ticket(self, owner, address)
             self._waiting.append(ticket)
             self._promote()
             return ticket
@@ -166,6 +179,8 @@ class Scheduler:
             if ticket in self._waiting:
                 self._waiting.remove(ticket)
             self._promote()
+            if not any(other.owner == ticket.owner for other in (*self._waiting, *self._running)):
+                self._last_turn.pop(ticket.owner, None)
             self._idle.notify_all()
 
     def drain(self) -> None:
@@ -187,16 +202,66 @@ class Scheduler:
             return len(self._running), len(self._waiting)
 
     def predicted_wait_s(self) -> float:
-        """How long a request that came now would wait for its slot."""
+        """How long the first request of a new owner would wait for its slot if it came now."""
         with self._lock:
             return self._predict_start_s(None)
 
+    def predicted_end_s(self, identity: str) -> float:
+        """In how many seconds the next request of an owner or an address is done; 0 if it has none."""
+        with self._lock:
+            ends_s = [self._remaining_s(ticket) for ticket in self._running if ticket.is_of(identity)]
+            ahead_s = self._running_s()
+            for ticket in self._order():
+                ahead_s += self._remaining_s(ticket)
+                if ticket.is_of(identity):
+                    ends_s.append(ahead_s / self._slots)
+                    break
+        return min(ends_s, default=0.0)
+
+    def _check_place(self, owner: str) -> None:
+        waiting = len(self._waiting)
+        kept = self._kept_places if any(ticket.owner == owner for ticket in self._waiting) else 0
+        if waiting < self._queue_size - kept:
+            return
+        wait_s = self._predict_place_s()
+        places = "" if waiting >= self._queue_size else ", and the last places are for those who have none waiting"
+        raise Unavailable(
+            "queue_full",
+            f"{waiting} requests are waiting already{places}; a place is free in about {wait_s:.0f} s",
+            wait_s,
+        )
+
     def _promote(self) -> None:
+        """The owner with the fewest running goes next, of these the one whose last turn is longest ago."""
         while self._waiting and len(self._running) < self._slots:
-            ticket = self._waiting.popleft()
+            held = Counter(ticket.owner for ticket in self._running)
+            ticket = min(self._waiting, key=lambda one: (held[one.owner], self._last_turn.get(one.owner, 0)))
+            self._waiting.remove(ticket)
+            self._turns += 1
+            self._last_turn[ticket.owner] = self._turns
             ticket.started_s = self.clock()
             self._running.add(ticket)
             ticket.turn.set()
+
+    def _order(self) -> list[Ticket]:
+        """Who waits, in the order of their turns if nobody else comes."""
+        queues: dict[str, deque[Ticket]] = {}
+        for ticket in self._waiting:
+            queues.setdefault(ticket.owner, deque()).append(ticket)
+        # Owners of the same age go in order of arrival, which is the order of the dictionary.
+        ages = [(self._last_turn.get(owner, 0), place, owner) for place, owner in enumerate(queues)]
+        heapify(ages)
+        order, turns = [], self._turns
+        while ages:
+            _, place, owner = heappop(ages)
+            order.append(queues[owner].popleft())
+            turns += 1
+            if queues[owner]:
+                heappush(ages, (turns, place, owner))
+        return order
+
+    def _running_s(self) -> float:
+        return sum(self._remaining_s(ticket) for ticket in self._running)
 
     def _remaining_s(self, ticket: Ticket) -> float:
         if ticket.work is None:
@@ -205,13 +270,14 @@ class Scheduler:
         return max(0.0, self.speed.expected_s(ticket.work) - elapsed_s)
 
     def _predict_start_s(self, ticket: Ticket | None) -> float:
-        """Work ahead of a ticket (None: of one that comes now), spread over the slots."""
+        """Work ahead of a ticket (None: of a new owner's that comes now), spread over the slots."""
         if ticket in self._running:
             return 0.0
-        ahead_s = sum(self._remaining_s(one) for one in self._running)
-        for other in self._waiting:
-            if other is ticket:
+        ahead_s, had_turns = self._running_s(), set(self._last_turn)
+        for other in self._order():
+            if other is ticket or (ticket is None and other.owner in had_turns):
                 break
+            had_turns.add(other.owner)
             ahead_s += self._remaining_s(other)
         return ahead_s / self._slots
 
