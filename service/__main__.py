@@ -1,20 +1,46 @@
-"""Owns the command line: ``python -m service serve | check | record | fetch | drain``.
+"""Owns the command line: ``python -m service serve | check | record | fetch | drain | keys | audit``.
 
 Exit codes: 0 done, 1 failed with one line that says why, 2 wrong usage or settings, 130 interrupted.
 """
 
 import argparse
+import json
 import os
 import socket
 import sys
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import fields
+from datetime import UTC, datetime
 from pathlib import Path
 
+from service.audit import AuditLog, describe_report, last_link, verify
 from service.control import ask_to_drain
 from service.engine.process import EngineProcess, engine_settings
-from service.errors import ServiceError, SettingsInvalid
+from service.errors import AuditUnwritable, ServiceError, SettingsInvalid
 from service.golden import find_golden, golden_path
+from service.keys import (
+    NAME_RULE,
+    SCOPES,
+    Limits,
+    add_key,
+    check_name,
+    describe_key,
+    parse_expiry,
+    read_keys,
+    revoke_key,
+)
 from service.models import ModelFile, fetch, open_verified, resolve
-from service.settings import PREFIX, SETTINGS, Settings, check_folders, describe_settings, parse_number, read_settings
+from service.settings import (
+    PREFIX,
+    SETTINGS,
+    Settings,
+    check_folders,
+    describe_settings,
+    parse_integer,
+    parse_number,
+    read_settings,
+)
 
 _ROOT = Path(__file__).resolve().parents[1]
 
@@ -25,6 +51,10 @@ class PortTaken(ServiceError):
 
 class RecordingFailed(ServiceError):
     """The golden answer could not be recorded."""
+
+
+class KeyRefused(ServiceError):
+    """A change of the keys is not possible as asked for."""
 
 
 def _say(line: str) -> None:
@@ -89,9 +119,20 @@ def serve(settings: Settings) -> None:
         _record(settings, model)
     if model.entry is None and settings.model == "starter":
         _say("The starter model shows that the system works; it knows this project and nothing else.")
-    _say(f"Serving on http://{settings.host}:{settings.port} (no keys: loopback only); Ctrl-C ends it.")
     environment = dict(os.environ)
     environment[PREFIX + "ANNOUNCE"] = "1"
+    # On a machine of one's own, for its own programs, keys are in the way; anywhere else they are what protects it.
+    if settings.auth is None and settings.is_loopback:
+        environment[PREFIX + "AUTH"] = "off"
+        keys = "without keys: only this machine can reach it"
+    elif settings.keys_required:
+        _make_first_key(settings)
+        keys = "a key is needed"
+    else:
+        keys = "without keys, as LLM_AUTH=off says"
+    if not settings.is_loopback:
+        _say("This is plain HTTP: keys and prompts cross the network readable. Put a proxy with TLS in front of it.")
+    _say(f"Serving on http://{settings.host}:{settings.port} ({keys}); Ctrl-C ends it.")
     # Meant for other services of this user; an address in it would get around the check of LLM_HOST.
     environment.pop("GUNICORN_CMD_ARGS", None)
     # The very file that was verified, also if the engine is started again after somebody has changed it.
@@ -102,6 +143,80 @@ def serve(settings: Settings) -> None:
     os.execve(sys.executable, [sys.executable, "-m", "gunicorn", "-c", config], environment)  # noqa: S606 (meant)
 
 
+def _make_first_key(settings: Settings) -> None:
+    """Where nobody could get in, a first key is made and shown, this once."""
+    path = settings.keys_file
+    if path.exists() and read_keys(path):
+        return
+    secret = _add_key(settings, "first", frozenset(SCOPES), None, Limits())
+    _say(f"A first key was made; it is shown only now. Its scopes: {', '.join(SCOPES)}.\n\n  export LLM_KEY={secret}\n")
+
+
+def _add_key(
+    settings: Settings, name: str, scopes: frozenset[str], expires: datetime | None, limits: Limits
+) -> str:
+    try:
+        with closing(_audit(settings)) as audit:
+            secret = add_key(settings.keys_file, name, scopes, expires, limits)
+            try:
+                audit.write("key-added", key=name, scopes=sorted(scopes), expires=expires, limits=_known(limits))
+            except AuditUnwritable:
+                revoke_key(settings.keys_file, name)  # there is no key that the log does not know of
+                raise
+    except ValueError as error:
+        raise KeyRefused(str(error)) from error
+    return secret
+
+
+def _audit(settings: Settings) -> AuditLog:
+    return AuditLog(settings.audit_dir, begin=settings.audit_begin, node=settings.node)
+
+
+def _known(limits: Limits) -> dict[str, int]:
+    return {one.name: value for one in fields(limits) if (value := getattr(limits, one.name)) is not None}
+
+
+def change_keys(settings: Settings, options: argparse.Namespace) -> None:
+    """``keys add | list | revoke``; only the key itself, or what a program may want, goes to standard output."""
+    match options.keys_command:
+        case "add":
+            scopes = frozenset(options.scope or ["generate"])
+            limits = Limits(options.requests_per_minute, options.tokens_per_day, options.parallel)
+            secret = _add_key(settings, options.name, scopes, options.expires, limits)
+            _say(f"The key {options.name} ({', '.join(sorted(scopes))}); it is shown only now, its hash alone is kept:")
+            print(secret)
+        case "revoke":
+            try:
+                with closing(_audit(settings)) as audit:
+                    key = revoke_key(settings.keys_file, options.name)
+                    audit.write("key-revoked", key=key.name)
+            except ValueError as error:
+                raise KeyRefused(str(error)) from error
+            _say(f"The key {key.name} is revoked; a running service refuses it from now on.")
+        case "list":
+            keys = [describe_key(key) for key in (read_keys(settings.keys_file) if settings.keys_file.exists() else ())]
+            if options.json:
+                print(json.dumps(keys, indent=1))
+                return
+            if not keys:
+                _say(f"There are no keys in {settings.keys_file}; make one with: python -m service keys add NAME")
+            for key in keys:
+                limits = ", ".join(f"{name} {value}" for name, value in key.get("limits", {}).items())
+                print(
+                    f"{key['name']:24} {','.join(key['scopes']):24} made {key['created'][:10]}  "
+                    f"expires {key.get('expires', 'never'):25}  {limits or 'no limits'}"
+                )
+
+
+def inspect_audit(settings: Settings, options: argparse.Namespace) -> int:
+    """``audit verify | head``: 0 if the log is whole, 1 if it was changed."""
+    if options.audit_command == "head":
+        seq, digest = last_link(settings.audit_dir)
+        print(f"{seq} {digest}")
+        return 0
+    report = verify(options.path or [settings.audit_dir], after=options.after)
+    print("\n".join(describe_report(report)))
+    return 0 if report.whole else 1
 def _parser() -> argparse.ArgumentParser:
     variables = "\n".join(f"  {PREFIX}{name.upper():20} {one.describe}" for name, one in SETTINGS.items())
     parser = argparse.ArgumentParser(
@@ -117,7 +232,47 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("fetch", help="fetch the model without serving")
     drain = commands.add_parser("drain", help="take no more requests and wait for those accepted")
     drain.add_argument("--limit", type=parse_number(0, 3600), metavar="SECONDS", help="cancel what is left then")
+    _add_keys_commands(commands.add_parser("keys", help="add, list and revoke keys; a running service sees it at once"))
+    _add_audit_commands(commands.add_parser("audit", help="verify the audit log"))
     return parser
+
+
+def _argument(parse: Callable[[str], object]) -> Callable[[str], object]:
+    """A parser of an argument whose ValueError says what is wrong; argparse would hide that."""
+
+    def parse_argument(text: str) -> object:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} {error}") from error
+
+    return parse_argument
+
+
+def _add_keys_commands(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(dest="keys_command", required=True, metavar="COMMAND")
+    add = commands.add_parser("add", help="make a key and show it, once")
+    add.add_argument("name", type=_argument(check_name), metavar="NAME", help=NAME_RULE)
+    scope_help = "what it may; repeat for several (default: generate)"
+    add.add_argument("--scope", choices=SCOPES, action="append", help=scope_help)
+    expires = _argument(lambda text: parse_expiry(text, datetime.now(UTC)))
+    add.add_argument("--expires", type=expires, metavar="WHEN", help="30d, 12h, 2027-01-31 or an ISO time")
+    count = _argument(parse_integer(1, 1 << 40))
+    add.add_argument("--requests-per-minute", type=count, metavar="N")
+    add.add_argument("--tokens-per-day", type=count, metavar="N", help="generated tokens, a day of UTC")
+    add.add_argument("--parallel", type=count, metavar="N", help="requests at the same time, waiting ones included")
+    listing = commands.add_parser("list", help="names, scopes, limits; never a key")
+    listing.add_argument("--json", action="store_true")
+    revoke = commands.add_parser("revoke", help="refuse a key from now on; its running requests finish")
+    revoke.add_argument("name", metavar="NAME")
+
+
+def _add_audit_commands(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(dest="audit_command", required=True, metavar="COMMAND")
+    check = commands.add_parser("verify", help="check the chain and say where it breaks (exit code 1)")
+    check.add_argument("path", nargs="*", type=Path, metavar="PATH", help="files or folders, also of several nodes")
+    check.add_argument("--after", metavar="HASH", help="the hash that the chain must go on from")
+    commands.add_parser("head", help="number and hash of the last line, for another node to begin from")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -135,6 +290,10 @@ def main(arguments: list[str] | None = None) -> int:
                 _record(settings, _have_model(settings))
             case "fetch":
                 print(_have_model(settings).path)
+            case "keys":
+                change_keys(settings, options)
+            case "audit":
+                return inspect_audit(settings, options)
             case "drain":
                 last: dict[str, object] = {}
                 for last in ask_to_drain(settings.control_socket, options.limit):

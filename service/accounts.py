@@ -1,4 +1,4 @@
-"""Owns the one log line and the metrics of each request, written when its last byte is out; never prompt nor answer."""
+"""Owns what is written of each request when its last byte is out: log line, metrics, audit; never prompt nor answer."""
 
 import json
 import sys
@@ -10,12 +10,19 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
+from service.access import Caller
+from service.audit import AuditLog
+from service.errors import AuditUnwritable
 from service.metrics import Metrics
 
 # Keys of the WSGI environment by which the application tells what it knows of its request.
 REQUEST_ID = "llm.request_id"
 ENDPOINT = "llm.endpoint"
 FACTS = "llm.facts"
+ADDRESS = "llm.address"
+SCOPE = "llm.scope"  # of guarded paths only
+CALLER = "llm.caller"  # once the key is known
+ADMITTED = "llm.admitted"  # once the audit log says so
 
 _KNOWN_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _CLIENT_CLOSED = 499  # nginx's name for a request whose client left before the answer
@@ -56,11 +63,11 @@ class Log:
 class Accounts:
     """WSGI middleware around the application; gives each request its id."""
 
-    def __init__(self, application: Callable[..., Iterable[bytes]], metrics: Metrics, log: Log):
-        self._application, self._metrics, self._log = application, metrics, log
+    def __init__(self, application: Callable[..., Iterable[bytes]], metrics: Metrics, audit: AuditLog, log: Log):
+        self._application, self._metrics, self._audit, self._log = application, metrics, audit, log
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        entry = _Entry(self._metrics, self._log, environ)
+        entry = _Entry(self._metrics, self._audit, self._log, environ)
 
         def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
             entry.status = int(status[:3])
@@ -70,8 +77,8 @@ class Accounts:
 
 
 class _Entry:
-    def __init__(self, metrics: Metrics, log: Log, environ: dict[str, Any]):
-        self._metrics, self._log, self._environ = metrics, log, environ
+    def __init__(self, metrics: Metrics, audit: AuditLog, log: Log, environ: dict[str, Any]):
+        self._metrics, self._audit, self._log, self._environ = metrics, audit, log, environ
         self._started_s = time.monotonic()
         self.status = 500
         environ[REQUEST_ID] = uuid.uuid4().hex
@@ -87,16 +94,44 @@ class _Entry:
         status = _CLIENT_CLOSED if facts.get("client_left") else self.status
         self._metrics.requests.labels(method, endpoint, str(status)).inc()
         self._metrics.request_duration.labels(endpoint).observe(duration_s)
+        if SCOPE in self._environ:
+            self._write_audit(status, facts)
+        caller: Caller | None = self._environ.get(CALLER)
         self._log.write(
             "request",
             id=self._environ[REQUEST_ID],
-            client=self._environ.get("REMOTE_ADDR"),
+            client=self._environ.get(ADDRESS),
+            **({} if caller is None else {"key": caller.name}),
             method=method,
             endpoint=endpoint,
             status=status,
             duration_ms=round(duration_s * 1000, 2),
             **facts,
         )
+
+
+    def _write_audit(self, status: int, facts: dict[str, Any]) -> None:
+        about = audit_facts(self._environ)
+        try:
+            if self._environ.get(ADMITTED):
+                outcome = facts.get("error") or facts.get("cancelled_by") or facts.get("finish_reason") or "failed"
+                tokens = facts.get("completion_tokens", 0)
+                self._audit.write("ended", **about, status=status, outcome=outcome, completion_tokens=tokens)
+            elif status >= 400:
+                self._audit.refuse(**about, status=status, reason=facts.get("problem", "failed"))
+        except AuditUnwritable as error:
+            self._log.write_failure(self._environ[REQUEST_ID], error)
+
+
+def audit_facts(environ: dict[str, Any]) -> dict[str, Any]:
+    """Who a request is from and what it is, as the audit log tells it; what is not known is None."""
+    caller: Caller | None = environ.get(CALLER)
+    return {
+        "id": environ[REQUEST_ID],
+        "key": None if caller is None else caller.name,
+        "address": environ.get(ADDRESS),
+        "endpoint": environ.get(ENDPOINT),
+    }
 
 
 class _Body:

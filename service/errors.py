@@ -104,3 +104,39 @@ class EngineLost(EngineFailed):
     def __init__(self, message: str, begun: bool = True):
         super().__init__(message)
         self.begun = begun
+
+
+class Unauthenticated(ServiceError):
+    """No valid key came with the request (401); the message says what to do, never what was sent."""
+
+
+class Forbidden(ServiceError):
+    """The key is valid but its scopes do not hold what the request needs (403)."""
+
+
+class KeysUnusable(ServiceError):
+    """The key file is missing, empty, unreadable or damaged: everything is refused until that is mended (503)."""
+
+
+class LimitReached(ServiceError):
+    """A limit of the key or of the address is reached (429); ``reason`` is a label of the refusals metric.
+
+    ``retry_after_s`` is when there is room again, in seconds.
+    """
+
+    def __init__(self, reason: str, message: str, retry_after_s: float):
+        super().__init__(message)
+        self.reason = reason
+        self.retry_after_s = retry_after_s
+
+
+class ModelUnknown(ServiceError):
+    """The request names another model than the one that is served (404)."""
+
+
+class AnswerCancelled(ServiceError):
+    """The answer was ended before its time, by its deadline or the drain's limit, where no finish reason can say so."""
+
+
+class AuditUnwritable(ServiceError):
+    """An audit line cannot be written: what cannot be proven later is not done."""

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from service.access import Caller
 from service.engine.interface import Completion, GenerationRequest, Piece
 from service.engine.process import EngineProcess, Stream
 from service.errors import ContextExceeded, EngineLost, ServiceError, Unavailable
+from service.limits import Lease, Limiter
 from service.metrics import Metrics
 from service.scheduler import Scheduler, Ticket, Work
 from service.schema import GenerateRequest
@@ -45,6 +47,7 @@ class Account:
     """What one generation came to; the answer's usage and timings, and the log line, are read from it."""
 
     prompt_tokens: int = 0
+    max_tokens: int = 0
     completion_tokens: int = 0
     finish_reason: str | None = None
     cancelled_by: str | None = None
@@ -77,32 +80,47 @@ class Account:
 class Generator:
     """Begins generations; one for the whole service."""
 
-    def __init__(self, engine: EngineProcess, scheduler: Scheduler, metrics: Metrics, settings: Settings):
-        self.engine, self.scheduler, self.metrics, self.settings = engine, scheduler, metrics, settings
+    def __init__(
+        self, engine: EngineProcess, scheduler: Scheduler, limiter: Limiter, metrics: Metrics, settings: Settings
+    ):
+        self.engine, self.scheduler, self.limiter = engine, scheduler, limiter
+        self.metrics, self.settings = metrics, settings
         self.cancel_all = False  # set when the drain's limit is over
         self.running: set[Generation] = set()
+        self.started_at = int(time.time())  # seconds since the epoch
 
-    def begin(self, request: GenerateRequest, deadline_s: float | None, client: Client) -> "Generation":
-        """Admits a request, counts its prompt and holds its place; nothing is evaluated yet.
+    @property
+    def model_name(self) -> str:
+        """The model's name; empty before the first load."""
+        description = self.engine.describe()
+        return "" if description is None else description.model
 
-        Raises Unavailable, ContextExceeded, RequestMalformed, EngineFailed.
+    def begin(
+        self, request: GenerateRequest, deadline_s: float | None, client: Client, caller: Caller
+    ) -> "Generation":
+        """Admits a request, counts its prompt, reserves its tokens and holds its place; nothing is evaluated yet.
+
+        Raises Unavailable, LimitReached, FieldOutOfBounds, ContextExceeded, RequestMalformed, EngineFailed.
         """
         account = Account()
+        lease = self.limiter.enter(caller)
         try:
-            ticket = self._admit()
+            ticket = self._admit(caller)
             try:
-                prompt_tokens = self._count(request, deadline_s, client.gone)
-                max_tokens = self._fit(request, prompt_tokens)
-                ticket.declare(Work(prompt_tokens, max_tokens), deadline_s)
+                account.prompt_tokens = self._count(request, deadline_s, client.gone)
+                account.max_tokens = self._fit(request, account.prompt_tokens, lease)
+                lease.reserve(account.max_tokens)
+                ticket.declare(Work(account.prompt_tokens, account.max_tokens), deadline_s)
             except BaseException:
                 ticket.release()
                 raise
-        except Unavailable as error:
-            self.metrics.refusals.labels(error.reason).inc()
+        except BaseException as error:
+            lease.release(0)
+            if isinstance(error, Unavailable):
+                self.metrics.refusals.labels(error.reason).inc()
             raise
-        self.metrics.prompt_tokens.inc(prompt_tokens)
-        account.prompt_tokens = prompt_tokens
-        return Generation(self, ticket, request, max_tokens, deadline_s, client, account)
+        self.metrics.prompt_tokens.inc(account.prompt_tokens)
+        return Generation(self, ticket, lease, request, deadline_s, client, account)
 
     def cut_off(self) -> None:
         """Ends the connections of what still runs: the last means, for clients that do not read their answer."""
@@ -116,13 +134,13 @@ class Generator:
         state = self.engine.state
         return None if state.phase == "ready" else state.reason
 
-    def _admit(self) -> Ticket:
+    def _admit(self, caller: Caller) -> Ticket:
         state = self.engine.state
         if state.phase in ("failed", "stopped"):
             raise Unavailable("engine_failed", state.reason, 60.0)
         if state.phase != "ready" and not self.scheduler.draining and self.engine.describe() is None:
             raise Unavailable("loading", state.reason, 2.0)
-        return self.scheduler.admit()
+        return self.scheduler.admit(caller.identity, caller.address_identity)
 
     def _count(self, request: GenerateRequest, deadline_s: float | None, gone: Callable[[], bool]) -> int:
         """Counts, through restarts of the engine if there are any: another request's crash is not this one's.
@@ -145,17 +163,17 @@ class Generator:
                 if deaths == 2:
                     raise
 
-    def _fit(self, request: GenerateRequest, prompt_tokens: int) -> int:
+    def _fit(self, request: GenerateRequest, prompt_tokens: int, lease: Lease) -> int:
         description = self.engine.describe()
         assert description is not None
         room = description.context_length - prompt_tokens
-        if request.max_tokens is not None:
-            if request.max_tokens > room:
-                raise ContextExceeded(prompt_tokens, request.max_tokens, description.context_length)
-            return request.max_tokens
-        if room < 1:
-            raise ContextExceeded(prompt_tokens, 1, description.context_length)
-        return min(self.settings.default_max_tokens, room)
+        wanted = request.max_tokens if request.max_tokens_named else 1
+        if wanted > room:
+            raise ContextExceeded(prompt_tokens, wanted, description.context_length)
+        if request.max_tokens_named:
+            return wanted
+        left = lease.tokens_left()
+        return max(1, min(request.max_tokens, room, room if left is None else left))
 
 
 class Generation:
@@ -165,14 +183,14 @@ class Generation:
         self,
         generator: Generator,
         ticket: Ticket,
+        lease: Lease,
         request: GenerateRequest,
-        max_tokens: int,
         deadline_s: float | None,
         client: Client,
         account: Account,
     ):
-        self._generator, self._ticket, self._request = generator, ticket, request
-        self._max_tokens, self._deadline_s, self._client = max_tokens, deadline_s, client
+        self._generator, self._ticket, self._lease, self._request = generator, ticket, lease, request
+        self._deadline_s, self._client = deadline_s, client
         self._stop = StopFilter(request.stop)
         self._stream: Stream | None = None
         self._ended = False
@@ -225,6 +243,7 @@ class Generation:
                 self._drain_stream(self._stream)
         finally:
             self._ticket.release()
+            self._lease.release(self.account.completion_tokens)
             self._settle()
 
     def cut_off(self) -> None:
@@ -265,7 +284,7 @@ class Generation:
                 return None
             return Waiting()
         self.account.queue_s = time.monotonic() - self.account.started_s
-        request = GenerationRequest(self._request.messages, self._max_tokens, self._request.sampling)
+        request = GenerationRequest(self._request.messages, self.account.max_tokens, self._request.sampling)
         try:
             self._stream = self._generator.engine.generate(request)
         except EngineLost:
@@ -300,7 +319,7 @@ class Generation:
             completion.prefill_s,
             completion.completion_tokens,
             completion.decode_s,
-            None if completion.finish_reason == "cancelled" and not self._stop.stopped else self._max_tokens,
+            None if completion.finish_reason == "cancelled" and not self._stop.stopped else account.max_tokens,
         )
         rest = self._stop.flush() if completion.finish_reason != "cancelled" else ""
         return Text(rest) if rest else None

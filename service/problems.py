@@ -11,6 +11,21 @@ from service import errors
 MEDIA_TYPE = "application/problem+json"
 
 
+_CHALLENGES = 'Bearer realm="mini-llm", Basic realm="mini-llm", charset="UTF-8"'
+# Codes that programs written for OpenAI look at; any other is the kind itself.
+_OPENAI_CODES = {
+    "context-exceeded": "context_length_exceeded",
+    "unsupported-field": "unsupported_parameter",
+    "out-of-bounds": "invalid_value",
+    "unauthenticated": "invalid_api_key",
+    "model-unknown": "model_not_found",
+    "key-requests": "rate_limit_exceeded",
+    "address-requests": "rate_limit_exceeded",
+    "key-parallel": "rate_limit_exceeded",
+    "address-parallel": "rate_limit_exceeded",
+}
+
+
 @dataclass(frozen=True)
 class Problem:
     """``kind`` is stable and made for programs, ``detail`` is one line for people, ``more`` are further members."""
@@ -23,9 +38,12 @@ class Problem:
 
     def headers(self) -> dict[str, str]:
         """Headers that belong to it beside the content type."""
-        if self.retry_after_s is None:
-            return {}
-        return {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
+        headers = {}
+        if self.retry_after_s is not None:
+            headers["Retry-After"] = str(max(1, math.ceil(self.retry_after_s)))
+        if self.status == 401:
+            headers["WWW-Authenticate"] = _CHALLENGES
+        return headers
 
     def body(self, request_id: str) -> bytes:
         """The document."""
@@ -38,6 +56,28 @@ class Problem:
             **self.more,
         }
         return json.dumps(document).encode()
+
+    @property
+    def openai_status(self) -> int:
+        """Status where OpenAI's clients ask: they know 400 for a value that is out of bounds."""
+        return 400 if self.status == 422 else self.status
+
+    def openai_body(self) -> bytes:
+        """The document in OpenAI's shape; the request's id stands in the X-Request-Id header, as there."""
+        match self.openai_status:
+            case 429:
+                kind = "rate_limit_error"
+            case 403:
+                kind = "permission_error"
+            case status:
+                kind = "server_error" if status >= 500 else "invalid_request_error"
+        error = {
+            "message": self.detail,
+            "type": kind,
+            "param": self.more.get("field"),
+            "code": _OPENAI_CODES.get(self.kind, self.kind.replace("-", "_")),
+        }
+        return json.dumps({"error": error}).encode()
 
 
 def describe_error(error: Exception) -> Problem:
@@ -63,6 +103,22 @@ def describe_error(error: Exception) -> Problem:
             return Problem(422, "out-of-bounds", detail, {"field": error.field, "bound": error.bound})
         case errors.Unavailable():
             return Problem(503, error.reason.replace("_", "-"), detail, {}, error.retry_after_s)
+        case errors.Unauthenticated():
+            return Problem(401, "unauthenticated", detail, {})
+        case errors.Forbidden():
+            return Problem(403, "forbidden", detail, {})
+        case errors.LimitReached():
+            return Problem(429, error.reason.replace("_", "-"), detail, {}, error.retry_after_s)
+        case errors.ModelUnknown():
+            return Problem(404, "model-unknown", detail, {"field": "model"})
+        case errors.AnswerCancelled():
+            return Problem(503, "answer-cancelled", detail, {})
+        case errors.KeysUnusable():
+            detail = "no key can be checked: the key file is missing, empty or damaged; the log says which"
+            return Problem(503, "keys-unusable", detail, {}, 60.0)
+        case errors.AuditUnwritable() | errors.StateUnwritable():
+            detail = "the service cannot keep its records, so it takes no requests; the id stands in the log"
+            return Problem(503, "records-unwritable", detail, {}, 60.0)
         case errors.EngineFailed():
             return Problem(500, "engine-failed", "the engine failed on this request; its id stands in the log", {})
     return Problem(500, "internal", "the service failed on this request; its id stands in the log", {})

@@ -6,14 +6,17 @@ is a problem too, because a misspelt setting that is ignored is found by nobody.
 
 import ipaddress
 import os
+import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from service.errors import SettingsInvalid
+from service.keys import Limits
 
 PREFIX = "LLM_"
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,12 @@ class Settings:
 
     host: str = "127.0.0.1"
     port: int = 8080
+    auth: str | None = None
+    keys_file: Path = Path()
+    trusted_proxies: tuple[Network, ...] = ()
+    address_requests_per_minute: int | None = None
+    address_tokens_per_day: int | None = None
+    address_parallel: int | None = None
     model: str = "starter"
     model_sha256: str | None = None
     model_name: str | None = None
@@ -47,6 +56,9 @@ class Settings:
     price_eur_per_hour: float = 0.0
     cache_dir: Path = Path()
     state_dir: Path = Path()
+    audit_dir: Path = Path()
+    audit_begin: str | None = None
+    node: str = ""
     control_socket: Path = Path()
     announce: bool = False
     engine_adapter: str = "service.engine.gpt4all_adapter"
@@ -59,8 +71,25 @@ class Settings:
         """
         return self.queue_size + 64
 
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach the service."""
+        return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
 
-def _parse_integer(low: int, high: int) -> Callable[[str], int]:
+    @property
+    def keys_required(self) -> bool:
+        """Whether a request needs a key: always, unless that was switched off in so many words."""
+        return self.auth != "off"
+
+    @property
+    def address_limits(self) -> Limits:
+        """What one client address may use."""
+        return Limits(self.address_requests_per_minute, self.address_tokens_per_day, self.address_parallel)
+
+
+def parse_integer(low: int, high: int) -> Callable[[str], int]:
+    """A parser for whole numbers within bounds, both included; it raises ValueError with the bounds."""
+
     def parse(text: str) -> int:
         try:
             value = int(text)
@@ -88,16 +117,26 @@ def parse_number(low: float, high: float) -> Callable[[str], float]:
     return parse
 
 
-def _parse_loopback(text: str) -> str:
+def _parse_host(text: str) -> str:
     try:
-        loopback = text == "localhost" or ipaddress.ip_address(text).is_loopback
+        if text != "localhost":
+            ipaddress.ip_address(text)
     except ValueError:
         raise ValueError("must be an IP address or localhost") from None
-    if not loopback:
-        raise ValueError(
-            "must be a loopback address such as 127.0.0.1: there are no keys yet, so anyone could use the model"
-        )
     return text
+
+
+def _parse_auth(text: str) -> str:
+    if text not in ("keys", "off"):
+        raise ValueError("must be keys or off")
+    return text
+
+
+def _parse_networks(text: str) -> tuple[Network, ...]:
+    try:
+        return tuple(ipaddress.ip_network(part.strip()) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise ValueError(f"must be addresses or networks, as 127.0.0.1,10.0.0.0/8: {error}") from None
 
 
 def _parse_sha256(text: str) -> str:
@@ -126,25 +165,34 @@ def _parse_path(text: str) -> Path:
 
 
 SETTINGS: dict[str, Setting] = {
-    "host": Setting(_parse_loopback, "address to listen on (loopback only)"),
-    "port": Setting(_parse_integer(1, 65535), "port to listen on"),
+    "host": Setting(_parse_host, "address to listen on"),
+    "port": Setting(parse_integer(1, 65535), "port to listen on"),
+    "auth": Setting(_parse_auth, "keys: a request needs a key (default); off: none, on loopback only"),
+    "keys_file": Setting(_parse_path, "where the keys' hashes are kept"),
+    "trusted_proxies": Setting(_parse_networks, "proxies whose X-Forwarded-For is believed"),
+    "address_requests_per_minute": Setting(parse_integer(1, 1_000_000), "requests a client address may send a minute"),
+    "address_tokens_per_day": Setting(parse_integer(1, 1 << 40), "tokens generated for a client address a day"),
+    "address_parallel": Setting(parse_integer(1, 1_000_000), "requests a client address may have at the same time"),
     "model": Setting(_parse_text, "a GGUF file's path, or a name of the catalogue"),
     "model_sha256": Setting(_parse_sha256, "digest that the model's file must have"),
     "model_name": Setting(_parse_text, "name to report instead of the file's own"),
-    "context_length": Setting(_parse_integer(32, 1 << 20), "tokens; default: what file and memory allow"),
-    "threads": Setting(_parse_integer(1, 256), "threads of the engine; default: usable CPUs"),
-    "queue_size": Setting(_parse_integer(0, 512), "requests that may wait"),
+    "context_length": Setting(parse_integer(32, 1 << 20), "tokens; default: what file and memory allow"),
+    "threads": Setting(parse_integer(1, 256), "threads of the engine; default: usable CPUs"),
+    "queue_size": Setting(parse_integer(0, 512), "requests that may wait"),
     "queue_wait_s": Setting(parse_number(0.1, 3600), "longest wait for a turn"),
-    "default_max_tokens": Setting(_parse_integer(1, 1 << 20), "max_tokens of a request that names none"),
-    "largest_max_tokens": Setting(_parse_integer(1, 1 << 20), "largest max_tokens that may be asked for"),
-    "body_limit_bytes": Setting(_parse_integer(1024, 1 << 26), "largest request body"),
+    "default_max_tokens": Setting(parse_integer(1, 1 << 20), "max_tokens of a request that names none"),
+    "largest_max_tokens": Setting(parse_integer(1, 1 << 20), "largest max_tokens that may be asked for"),
+    "body_limit_bytes": Setting(parse_integer(1024, 1 << 26), "largest request body"),
     "header_timeout_s": Setting(parse_number(0.1, 600), "time a client has for its request's headers"),
     "body_timeout_s": Setting(parse_number(0.1, 600), "time a client has for headers and body together"),
     "drain_limit_s": Setting(parse_number(0, 3600), "time that accepted requests have when draining"),
     "stall_timeout_s": Setting(parse_number(0.5, 3600), "longest silence of a working engine before it is replaced"),
     "price_eur_per_hour": Setting(parse_number(0, 10000), "price of this machine, for the cost metric"),
     "cache_dir": Setting(_parse_path, "where fetched models are kept"),
-    "state_dir": Setting(_parse_path, "where golden answers and verification stamps are kept"),
+    "state_dir": Setting(_parse_path, "where golden answers, verification stamps and counters are kept"),
+    "audit_dir": Setting(_parse_path, "where the audit log is kept"),
+    "audit_begin": Setting(_parse_sha256, "hash of another node's last audit line, for the chain to begin from"),
+    "node": Setting(_parse_text, "this node's name in the audit log"),
     "control_socket": Setting(_parse_path, "unix socket of the drain command"),
     "announce": Setting(_parse_switch, "1: print a curl line once the model is ready"),
     "engine_adapter": Setting(_parse_text, "module of the engine's adapter"),
@@ -172,6 +220,9 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
     state = Path(environment.get("XDG_STATE_HOME") or home / ".local" / "state") / "mini-llm"
     values.setdefault("cache_dir", cache)
     values.setdefault("state_dir", state)
+    values.setdefault("keys_file", values["state_dir"] / "keys.json")
+    values.setdefault("audit_dir", values["state_dir"] / "audit")
+    values.setdefault("node", socket.gethostname())
     values.setdefault("control_socket", values["state_dir"] / f"control-{values.get('port', Settings.port)}.sock")
     if len(os.fsencode(values["control_socket"])) > 100:  # sun_path holds 108 bytes, unix(7)
         problems.append(f"LLM_CONTROL_SOCKET={str(values['control_socket'])!r}: must be at most 100 bytes long")
@@ -180,6 +231,10 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         problems.append("LLM_DEFAULT_MAX_TOKENS: must not be above LLM_LARGEST_MAX_TOKENS")
     if settings.header_timeout_s > settings.body_timeout_s:
         problems.append("LLM_HEADER_TIMEOUT_S: must not be above LLM_BODY_TIMEOUT_S")
+    if not settings.keys_required and not settings.is_loopback:
+        problems.append(
+            "LLM_AUTH=off: only for a loopback LLM_HOST such as 127.0.0.1, or anyone could use the model"
+        )
     if problems:
         raise SettingsInvalid(problems)
     return settings
@@ -188,7 +243,11 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
 def check_folders(settings: Settings) -> None:
     """Makes the folders that the service writes to. Raises SettingsInvalid with every one that cannot be written."""
     problems = []
-    folders = {"LLM_STATE_DIR": settings.state_dir, "LLM_CONTROL_SOCKET": settings.control_socket.parent}
+    folders = {
+        "LLM_STATE_DIR": settings.state_dir,
+        "LLM_CONTROL_SOCKET": settings.control_socket.parent,
+        "LLM_AUDIT_DIR": settings.audit_dir,
+    }
     for variable, folder in folders.items():
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -203,7 +262,12 @@ def check_folders(settings: Settings) -> None:
 def describe_settings(settings: Settings) -> list[str]:
     """One line a setting: variable, value, meaning."""
     return [
-        f"{PREFIX}{field.name.upper()}={'' if (value := getattr(settings, field.name)) is None else value}"
-        f"    # {SETTINGS[field.name].describe}"
+        f"{PREFIX}{field.name.upper()}={_render(getattr(settings, field.name))}    # {SETTINGS[field.name].describe}"
         for field in fields(settings)
     ]
+
+
+def _render(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return "" if value is None else str(value)

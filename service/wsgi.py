@@ -4,11 +4,17 @@ import sys
 import threading
 from collections.abc import Callable
 
+from service.access import Access
 from service.accounts import Log
 from service.app import create_app
+from service.audit import AuditLog
 from service.control import serve_control
+from service.counters import SqliteStorage
 from service.engine.process import EngineProcess, engine_settings
+from service.errors import ServiceError
 from service.generation import Generator
+from service.keys import KeyFile
+from service.limits import Limiter
 from service.metrics import Metrics
 from service.scheduler import Scheduler
 from service.settings import Settings, read_settings
@@ -23,8 +29,12 @@ class Runtime:
         self.engine = EngineProcess(engine_settings(settings), stall_timeout_s=settings.stall_timeout_s)
         self.scheduler = Scheduler(settings.queue_size)
         self.metrics = Metrics(self.engine, self.scheduler, settings.price_eur_per_hour)
-        self.generator = Generator(self.engine, self.scheduler, self.metrics, settings)
-        self.application = create_app(self.generator, self.log)
+        self.counters = SqliteStorage(settings.state_dir / "counters.sqlite3")
+        self.limiter = Limiter(settings.address_limits, self.counters, self.scheduler.predicted_end_s)
+        self.generator = Generator(self.engine, self.scheduler, self.limiter, self.metrics, settings)
+        self.audit = AuditLog(settings.audit_dir, begin=settings.audit_begin, node=settings.node)
+        access = Access(KeyFile(settings.keys_file) if settings.keys_required else None, settings.trusted_proxies)
+        self.application = create_app(self.generator, access, self.audit, self.log)
         self._close_control: Callable[[], None] = lambda: None
 
     def start(self) -> None:
@@ -45,6 +55,8 @@ class Runtime:
         """Called when the web worker ends."""
         self._close_control()
         self.engine.stop()
+        self.audit.close()
+        self.counters.close()
 
     def _cancel_all(self) -> None:
         self.generator.cancel_all = True
@@ -76,13 +88,20 @@ class Runtime:
 
 
 def _announcement(settings: Settings, model: str) -> str:
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    # Where every address is listened on, the one of this machine itself is the one that works here.
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)  # noqa: S104
+    base = f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"
+    key = """ -H "Authorization: Bearer $LLM_KEY\"""" if settings.keys_required else ""
     return (
-        f"\n{model} is ready. Try it in another terminal:\n\n"
-        f"  curl -s http://{host}:{settings.port}/generate -H 'Content-Type: application/json' "
+        f"\n{model} is ready. Open {base}/ in a browser, or try it in another terminal:\n\n"
+        f"  curl -s {base}/generate{key} -H 'Content-Type: application/json' "
         f"""-d '{{"prompt": "What is mini-llm?"}}'\n"""
     )
 
 
-runtime = Runtime(read_settings())
+try:
+    runtime = Runtime(read_settings())
+except ServiceError as refusal:
+    print(f"error: {refusal}", file=sys.stderr, flush=True)
+    sys.exit(4)  # gunicorn's own code for "the application cannot be loaded": it does not try again
 application = runtime.application

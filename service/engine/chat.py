@@ -70,6 +70,8 @@ class ChatTemplate:
         Raises RequestMalformed if the template refuses the roles, drops a text, or there is none and the messages are
         more than one user's prompt.
         """
+        if len(messages) == 1 and messages[0].role == "text":
+            return [Turn("", messages[0].content, "")]
         if self._template is None:
             if len(messages) != 1 or messages[0].role != "user":
                 raise RequestMalformed(

@@ -11,13 +11,16 @@ from typing import Literal, Protocol
 
 from service.engine.gguf import GgufHeader
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "text"]
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation; ``content`` is plain text and never becomes a control token."""
+    """One turn of a conversation; ``content`` is plain text and never becomes a control token.
+
+    A lone message of the role ``text`` is no conversation: the engine goes on from it, outside any chat template.
+    """
 
     role: Role
     content: str

@@ -1,12 +1,14 @@
-"""Owns the paths that tell how the service is: health, readiness, metrics, version."""
+"""Owns the paths that tell how the service is: health, readiness, metrics, version, use of the keys."""
 
 from dataclasses import asdict
 from typing import Any
 
 import falcon
 
-from service import __version__
+from service import __version__, accounts
+from service.access import Access, Caller
 from service.generation import Generator
+from service.limits import Limiter, Use
 from service.metrics import CONTENT_TYPE, Metrics
 
 
@@ -28,7 +30,14 @@ class ReadyResource:
         reason = generator.unready_reason()
         running, waiting = generator.scheduler.counts()
         phase = "draining" if generator.scheduler.draining else generator.engine.state.phase
-        document: dict[str, Any] = {"status": phase, "running": running, "waiting": waiting}
+        speed = generator.scheduler.speed.tokens_per_second()
+        document: dict[str, Any] = {
+            "status": phase,
+            "running": running,
+            "waiting": waiting,
+            "predicted_wait_s": round(generator.scheduler.predicted_wait_s(), 1),
+            "tokens_per_second": None if speed is None else round(speed, 2),
+        }
         if reason is not None:
             resp.status = 503
             document["reason"] = reason
@@ -39,6 +48,8 @@ class ReadyResource:
 
 class MetricsResource:
     """``GET /metrics``: the text exposition."""
+
+    scope = "metrics"
 
     def __init__(self, metrics: Metrics):
         self._metrics = metrics
@@ -56,7 +67,13 @@ class VersionResource:
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         description = self._generator.engine.describe()
-        document: dict[str, Any] = {"service": "mini-llm", "version": __version__, "engine": None, "model": None}
+        document: dict[str, Any] = {
+            "service": "mini-llm",
+            "version": __version__,
+            "keys_required": self._generator.settings.keys_required,
+            "engine": None,
+            "model": None,
+        }
         if description is not None:
             facts = asdict(description)
             document["engine"] = {
@@ -75,3 +92,32 @@ class VersionResource:
                 "context_length": facts["context_length"],
             }
         resp.media = document
+
+
+class UsageResource:
+    """``GET /usage``: where the caller's key stands with its limits; a key with the scope admin sees all keys."""
+
+    scope = "generate"
+
+    def __init__(self, limiter: Limiter, access: Access):
+        self._limiter, self._access = limiter, access
+
+    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
+        caller: Caller = req.env[accounts.CALLER]
+        callers = {caller.name: caller.limits}
+        if "admin" in caller.scopes and self._access.keys is not None:
+            callers |= {key.name: key.limits for key in self._access.keys.read()}
+        resp.media = {
+            "keys": [
+                {
+                    "name": name,
+                    "tokens_today": self._limiter.tokens_today(name),
+                    "limits": [_describe_use(use) for use in self._limiter.key_uses(name, limits)],
+                }
+                for name, limits in sorted(callers.items())
+            ]
+        }
+
+
+def _describe_use(use: Use) -> dict[str, Any]:
+    return {"name": use.policy, "limit": use.limit, "used": use.used, "reset_s": round(use.reset_s, 1)}

@@ -77,8 +77,10 @@ def fastapi(port: str) -> None:
     from fastapi import FastAPI
     from pydantic import BaseModel
 
+    from service.access import Caller
     from service.connection import ClientWatch
-    from service.schema import parse_generate
+    from service.keys import SCOPES, Limits
+    from service.schema import TokenBounds, parse_generate
     from service.wsgi import runtime
 
     class Body(BaseModel):
@@ -86,10 +88,13 @@ def fastapi(port: str) -> None:
         max_tokens: int | None = None
 
     app = FastAPI()
+    bounds = TokenBounds(256, 4096)
+    caller = Caller("local", "127.0.0.1", frozenset(SCOPES), Limits())
 
     @app.post("/generate")
     def generate(body: Body) -> dict[str, Any]:
-        generation = runtime.generator.begin(parse_generate(body.model_dump(), 4096), None, ClientWatch(None))
+        request = parse_generate(body.model_dump(), bounds)
+        generation = runtime.generator.begin(request, None, ClientWatch(None), caller)
         texts = []
         try:
             while not generation.ended:

@@ -85,7 +85,7 @@ class Service:
     def open_generate(self, prompt: str, **fields: Any) -> socket.socket:
         """A connection on which a generation was asked for."""
         body = json.dumps({"prompt": prompt, **fields}).encode()
-        head = f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        head = f"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
         return self.open(head.encode() + b"\r\n\r\n" + body)
 
     def metric(self, name: str, **labels: str) -> float:
@@ -190,7 +190,7 @@ def write_small_model(folder: Path) -> Path:
 def service_environment(state_dir: Path, port: int, **settings: Any) -> dict[str, str]:
     """The environment of a service: nothing of the person's own settings, ``settings`` as LLM_* variables."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LLM_")}
-    values = {"port": port, "state_dir": state_dir, "cache_dir": state_dir, **settings}
+    values = {"port": port, "state_dir": state_dir, "cache_dir": state_dir, "auth": "off", **settings}
     environment.update({f"LLM_{name.upper()}": str(value) for name, value in values.items()})
     return environment
 

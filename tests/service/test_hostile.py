@@ -17,7 +17,7 @@ CLOSED = 0  # the connection is closed without an answer
 
 def post(body: bytes, headers: bytes = JSON, path: bytes = b"/generate", method: bytes = b"POST") -> bytes:
     return (
-        method + b" " + path + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n" + headers
+        method + b" " + path + b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n" + headers
         + b"Content-Length: %d\r\n\r\n" % len(body) + body
     )  # fmt: skip
 
@@ -35,11 +35,11 @@ def head(lines: bytes, body: bytes = b"") -> bytes:
 
 
 def chunked(chunks: bytes, headers: bytes = CODING) -> bytes:
-    return b"POST /generate HTTP/1.1\r\nHost: x\r\nConnection: close\r\n" + JSON + headers + b"\r\n" + chunks
+    return b"POST /generate HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n" + JSON + headers + b"\r\n" + chunks
 
 
 BODY = b'{"prompt": "x", "max_tokens": 1}'
-SMUGGLED = b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n"
+SMUGGLED = b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 HOSTILE: dict[str, tuple[bytes, set[int]]] = {
     # texts
@@ -118,20 +118,20 @@ HOSTILE: dict[str, tuple[bytes, set[int]]] = {
     # sizes
     "body over the limit": (post(b'{"prompt": "' + b"x" * 1_100_000 + b'"}'), {413}),
     "announced terabyte": (chunked(b"", b"Content-Length: 1099511627776\r\n"), {408, 413}),
-    "long request line": (head(b"GET /" + b"a" * 10_000 + b" HTTP/1.1\r\nHost: x"), {414}),
-    "long header": (head(b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 20_000), {431}),
-    "many headers": (head(b"GET /health HTTP/1.1\r\nHost: x" + b"\r\nX: a" * 500), {431}),
+    "long request line": (head(b"GET /" + b"a" * 10_000 + b" HTTP/1.1\r\nHost: localhost"), {414}),
+    "long header": (head(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 20_000), {431}),
+    "many headers": (head(b"GET /health HTTP/1.1\r\nHost: localhost" + b"\r\nX: a" * 500), {431}),
     # HTTP and smuggling
     "not HTTP": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\x00" * 40 + b"\r\n\r\n", {400}),
     "HTTP/0.9": (b"GET /health\r\n\r\n", {400, 200}),
-    "HTTP/3.0": (head(b"GET /health HTTP/3.0\r\nHost: x"), {400}),
+    "HTTP/3.0": (head(b"GET /health HTTP/3.0\r\nHost: localhost"), {400}),
     "HTTP/2 preface": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", {400}),
-    "odd method": (head(b"BREW /generate HTTP/1.1\r\nHost: x\r\nConnection: close"), {400, 405}),
-    "lower-case method": (head(b"post /generate HTTP/1.1\r\nHost: x\r\nConnection: close"), {400, 405}),
-    "CONNECT": (head(b"CONNECT x:80 HTTP/1.1\r\nHost: x"), {400, 404, 405}),
-    "absolute path outside": (head(b"GET /../../etc/passwd HTTP/1.1\r\nHost: x\r\nConnection: close"), {404}),
-    "encoded path": (head(b"GET /%2e%2e/%00health HTTP/1.1\r\nHost: x\r\nConnection: close"), {404}),
-    "invalid escapes in the path": (head(b"GET /%ff%fe%zz HTTP/1.1\r\nHost: x\r\nConnection: close"), {400, 404}),
+    "odd method": (head(b"BREW /generate HTTP/1.1\r\nHost: localhost\r\nConnection: close"), {400, 405}),
+    "lower-case method": (head(b"post /generate HTTP/1.1\r\nHost: localhost\r\nConnection: close"), {400, 405}),
+    "CONNECT": (head(b"CONNECT x:80 HTTP/1.1\r\nHost: localhost"), {400, 404, 405}),
+    "absolute path outside": (head(b"GET /../../etc/passwd HTTP/1.1\r\nHost: localhost\r\nConnection: close"), {404}),
+    "encoded path": (head(b"GET /%2e%2e/%00health HTTP/1.1\r\nHost: localhost\r\nConnection: close"), {404}),
+    "invalid escapes in the path": (head(b"GET /%ff%fe%zz HTTP/1.1\r\nHost: localhost\r\nConnection: close"), {400, 404}),
     "length and chunked": (chunked(b"0\r\n\r\n" + SMUGGLED, b"Content-Length: 5\r\n" + CODING), {400}),
     "chunked and length": (chunked(b"0\r\n\r\n" + SMUGGLED, CODING + b"Content-Length: 50\r\n"), {400}),
     "two lengths": (chunked(BODY + SMUGGLED, b"Content-Length: 32\r\nContent-Length: 0\r\n"), {400}),
@@ -144,9 +144,9 @@ HOSTILE: dict[str, tuple[bytes, set[int]]] = {
     "coding with tab": (chunked(b"0\r\n\r\n" + SMUGGLED, b"Transfer-Encoding:\tchunked, identity\r\n"), {400, 501}),
     "space before colon": (chunked(BODY + SMUGGLED, b"Content-Length : 32\r\n"), {400}),
     "folded header": (chunked(BODY, b"X: a\r\n b\r\nContent-Length: 32\r\n"), {400}),
-    "bare line feeds": (b"GET /health HTTP/1.1\nHost: x\n\n", {400, 408, CLOSED}),
-    "NUL in a header": (head(b"GET /health HTTP/1.1\r\nHost: x\r\nX: a\x00b\r\nConnection: close"), {400}),
-    "header without name": (head(b"GET /health HTTP/1.1\r\nHost: x\r\n: a"), {400}),
+    "bare line feeds": (b"GET /health HTTP/1.1\nHost: localhost\n\n", {400, 408, CLOSED}),
+    "NUL in a header": (head(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: a\x00b\r\nConnection: close"), {400}),
+    "header without name": (head(b"GET /health HTTP/1.1\r\nHost: localhost\r\n: a"), {400}),
     "chunk size in letters": (chunked(b"zz\r\nhello\r\n0\r\n\r\n"), {400}),
     "chunk size negative": (chunked(b"-1\r\nhello\r\n0\r\n\r\n"), {400}),
     "chunk size huge": (chunked(b"ffffffffffffffffff\r\nhello"), {400, 408, 413}),
@@ -157,7 +157,7 @@ HOSTILE: dict[str, tuple[bytes, set[int]]] = {
     "forged proxy headers": (post(BODY, JSON + b"X-Forwarded-For: 1.2.3.4\r\nX-Forwarded-Proto: https\r\n"), {200}),
     "pipelined garbage": (post(BODY) + b"\x00\x01garbage", {200}),
     # slow
-    "headers never end": (b"POST /generate HTTP/1.1\r\nHost: x\r\n", {408, CLOSED}),
+    "headers never end": (b"POST /generate HTTP/1.1\r\nHost: localhost\r\n", {408, CLOSED}),
     "body never comes": (chunked(b"", b"Content-Length: 100\r\n"), {408}),
     "body stops midway": (chunked(BODY[:10], b"Content-Length: 32\r\n"), {408}),
     "chunk stops midway": (chunked(b"20\r\n" + BODY[:10]), {408}),

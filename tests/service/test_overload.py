@@ -83,7 +83,7 @@ def test_queue_wait_has_a_limit() -> None:
 def test_slow_clients_do_not_stop_health() -> None:
     """Fifty connections that drip their headers or bodies are cut at their deadline; health answers meanwhile."""
     with running_service(record=False, header_timeout_s=1.5, body_timeout_s=2.5) as service:
-        head = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 500\r\n"
+        head = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 500\r\n"
         clients = [service.open(head if number % 2 else head + b'\r\n{"pro') for number in range(50)]
         idle = [service.open(b"") for _ in range(100)]
         slowest_s, end_s = 0.0, time.monotonic() + 4
@@ -131,7 +131,7 @@ def test_client_that_does_not_read_loses_its_slot(fake: Service) -> None:
     client.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 100)
     client.connect(("127.0.0.1", fake.port))
     body = b'{"prompt": "pause 0.0001", "max_tokens": 2000, "stream": true}'
-    head = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    head = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
     client.sendall(head % len(body) + body)
     start_s = time.monotonic()
     assert fake.drain("--limit", "0.5").returncode == 0

@@ -9,12 +9,17 @@ from typing import Any
 
 import falcon.testing
 import pytest
+from limits.storage import MemoryStorage
 from prometheus_client.parser import text_string_to_metric_families
 
+from service.access import Access
 from service.accounts import Log
 from service.app import create_app
 from service.engine.process import EngineState
+from service.errors import AuditUnwritable
 from service.generation import Generator
+from service.keys import KeyFile
+from service.limits import Limiter
 from service.metrics import Metrics
 from service.scheduler import Scheduler
 from service.settings import Settings
@@ -32,17 +37,42 @@ CONTRACT = {
 }
 
 
+class FakeAudit:
+    """Keeps its lines in memory; ``full`` stands for a full disk."""
+
+    def __init__(self) -> None:
+        self.lines: list[dict[str, Any]] = []
+        self.full = False
+
+    def write(self, event: str, **facts: Any) -> None:
+        if self.full:
+            raise AuditUnwritable("the audit log cannot be written: no space left on device")
+        self.lines.append({"event": event, **facts})
+
+    def refuse(self, **facts: Any) -> None:
+        self.write("refused", **facts)
+
+
 class Bench:
     """An application with its parts at hand."""
 
     def __init__(self, **settings: Any):
         self.engine = LocalEngine(FakeEngine(context_length=64))
         self.scheduler = Scheduler(queue_size=settings.pop("queue_size", 2))
-        self.settings = Settings(**{"body_limit_bytes": 2000, **settings})
+        self.settings = Settings(**{"body_limit_bytes": 2000, "auth": "off", **settings})
         self.metrics = Metrics(self.engine, self.scheduler, 3.6)
-        self.generator = Generator(self.engine, self.scheduler, self.metrics, self.settings)
+        self.limiter = Limiter(self.settings.address_limits, MemoryStorage(), self.scheduler.predicted_end_s)
+        self.generator = Generator(self.engine, self.scheduler, self.limiter, self.metrics, self.settings)
+        self.audit = FakeAudit()
         self.lines = io.StringIO()
-        self.client = falcon.testing.TestClient(create_app(self.generator, Log(self.lines)))
+        access = Access(KeyFile(self.settings.keys_file) if self.settings.keys_required else None)
+        app = create_app(self.generator, access, self.audit, Log(self.lines))
+
+        def from_loopback(environ: dict[str, Any], start_response: Any) -> Any:
+            environ.setdefault("REMOTE_ADDR", "127.0.0.1")
+            return app(environ, start_response)
+
+        self.client = falcon.testing.TestClient(from_loopback, headers={"Host": "127.0.0.1:8080"})
 
     def post(self, document: Any = None, **more: Any) -> falcon.testing.Result:
         body = more.pop("body", None) or json.dumps(document)

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from service.models import load_catalogue
-from service.schema import parse_generate
+from service.schema import TokenBounds, parse_generate
 from service.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,7 +33,7 @@ def test_fields_and_defaults_are_those_of_the_schema() -> None:
         *("prompt", "system", "max_tokens", "temperature", "top_p", "top_k", "min_p", "repeat_penalty", "stop"),
         "stream",
     }
-    sampling = parse_generate({"prompt": "x"}, 4096).sampling
+    sampling = parse_generate({"prompt": "x"}, TokenBounds(256, 4096)).sampling
     for field in ("temperature", "top_p", "top_k", "min_p", "repeat_penalty"):
         assert float(table[field]) == getattr(sampling, field), field
     assert table["max_tokens"].startswith(f"{Settings.default_max_tokens},")

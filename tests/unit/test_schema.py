@@ -11,20 +11,21 @@ from service.errors import (
     FieldUnsupported,
     RequestMalformed,
 )
-from service.schema import parse_deadline, parse_generate, parse_json
+from service.schema import TokenBounds, parse_deadline, parse_generate, parse_json
 
 LIMIT = 10_000
+BOUNDS = TokenBounds(256, 4096)
 
 
 def parse(**fields: object) -> object:
-    return parse_generate(parse_json(json.dumps(fields).encode(), LIMIT), 4096)
+    return parse_generate(parse_json(json.dumps(fields).encode(), LIMIT), BOUNDS)
 
 
 def test_only_prompt_is_required() -> None:
     """A prompt alone is a request, with the documented defaults."""
     request = parse(prompt="hi")
     assert request.messages == (Message("user", "hi"),)
-    assert (request.max_tokens, request.stop, request.stream) == (None, (), False)
+    assert (request.max_tokens, request.max_tokens_named, request.stop, request.stream) == (256, False, (), False)
     assert (request.sampling.temperature, request.sampling.top_k) == (0.7, 40)
 
 
@@ -65,7 +66,7 @@ def test_bodies_that_are_no_json_object(body: bytes) -> None:
 
 def test_brackets_in_a_prompt_are_text() -> None:
     """A prompt full of brackets is not mistaken for deep nesting."""
-    assert parse(prompt="[" * 2000).prompt == "[" * 2000
+    assert parse(prompt="[" * 2000).messages[0].content == "[" * 2000
 
 
 def test_size_is_bounded() -> None:
@@ -111,7 +112,7 @@ def test_bounds_name_field_and_bound(field: str, value: object) -> None:
 def test_overflowing_number_is_out_of_bounds() -> None:
     """A number that JSON allows but no float holds is outside every bound."""
     with pytest.raises(FieldOutOfBounds):
-        parse_generate(parse_json(b'{"prompt": "x", "temperature": 1e999}', LIMIT), 4096)
+        parse_generate(parse_json(b'{"prompt": "x", "temperature": 1e999}', LIMIT), BOUNDS)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +141,7 @@ def test_wrong_types_are_malformed(field: str, value: object) -> None:
 def test_what_cannot_be_honoured_is_refused(field: str) -> None:
     """A parameter that the engine cannot honour, or that does not exist, is refused and never ignored."""
     with pytest.raises(FieldUnsupported) as caught:
-        parse(prompt="x", **{field: 1})
+        parse(prompt="x", **{field: 2})
     assert caught.value.field == field
 
 

@@ -1,0 +1,158 @@
+"""Owns how a generation becomes an HTTP answer, whole or as server-sent events; the shape of its documents is given."""
+
+import json
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+import falcon
+
+from service import accounts, problems
+from service.accounts import Log
+from service.audit import AuditLog
+from service.connection import ClientWatch
+from service.errors import MediaTypeUnsupported, ServiceError
+from service.generation import Generation, Generator, Text
+from service.schema import GenerateRequest, parse_deadline, parse_json
+
+_COMMENT_EVERY_S = 5.0  # well below the idle timeouts of usual proxies (60 s)
+
+
+class Shape(Protocol):
+    """The documents of one kind of answer; one object a request."""
+
+    def whole(self, generation: Generation, text: str) -> dict[str, Any]:
+        """The answer that is not streamed. May raise AnswerCancelled, as may ``last``."""
+        ...
+
+    def first(self) -> Iterable[dict[str, Any]]:
+        """What a stream begins with, before any text."""
+        ...
+
+    def piece(self, text: str) -> dict[str, Any]: ...
+
+    def last(self, generation: Generation) -> Iterable[dict[str, Any]]:
+        """What a stream ends with."""
+        ...
+
+    def failure(self, problem: problems.Problem) -> bytes:
+        """The event of a failure on the way, ready to send."""
+        ...
+
+    @property
+    def terminator(self) -> bytes:
+        """What stands behind the last document."""
+        ...
+
+
+class Answerer:
+    """Answers requests for text; one for the whole service."""
+
+    def __init__(self, generator: Generator, audit: AuditLog, log: Log):
+        self.generator, self._audit, self.log = generator, audit, log
+
+    def read(self, req: falcon.Request) -> dict[str, Any]:
+        """The request's body. Raises MediaTypeUnsupported, BodyTooLarge or RequestMalformed."""
+        if falcon.mediatypes.parse_header(req.content_type or "")[0].lower() != "application/json":
+            raise MediaTypeUnsupported("the body must be declared as Content-Type: application/json")
+        limit_bytes = self.generator.settings.body_limit_bytes
+        return parse_json(req.bounded_stream.read(limit_bytes + 1), limit_bytes)
+
+    def answer(self, req: falcon.Request, resp: falcon.Response, request: GenerateRequest, shape: Shape) -> None:
+        """Admits the request, notes that in the audit log, and makes the response; raises what refuses it."""
+        environ = req.env
+        deadline_s = parse_deadline(req.get_header("X-Deadline-S"))
+        client = ClientWatch(environ.get("gunicorn.socket"))
+        generation = self.generator.begin(request, deadline_s, client, environ[accounts.CALLER])
+        try:
+            self._audit.write(
+                "admitted",
+                **accounts.audit_facts(environ),
+                prompt_tokens=generation.account.prompt_tokens,
+                max_tokens=generation.account.max_tokens,
+            )
+            environ[accounts.ADMITTED] = True
+        except ServiceError:
+            generation.close()
+            raise
+        if request.stream:
+            resp.content_type = "text/event-stream; charset=utf-8"
+            resp.set_header("X-Accel-Buffering", "no")
+            resp.stream = _EventStream(generation, environ, shape, self.log)
+            return
+        texts = []
+        try:
+            while not generation.ended:
+                event = generation.step()
+                if isinstance(event, Text):
+                    texts.append(event.text)
+        finally:
+            generation.close()
+            _tell_facts(environ, generation)
+        resp.media = shape.whole(generation, "".join(texts))
+
+
+def _tell_facts(environ: dict[str, Any], generation: Generation) -> None:
+    account = generation.account
+    environ[accounts.FACTS].update(
+        finish_reason=account.finish_reason,
+        prompt_tokens=account.prompt_tokens,
+        completion_tokens=account.completion_tokens,
+        queue_ms=round(account.queue_s * 1000, 1),
+        prefill_ms=round(account.prefill_s * 1000, 1),
+        decode_ms=round(account.decode_s * 1000, 1),
+        **({"cancelled_by": account.cancelled_by} if account.cancelled_by else {}),
+        **({"client_left": True} if account.cancelled_by == "client" else {}),
+    )
+
+
+class _EventStream:
+    """Server-sent events of one generation.
+
+    An object and not a generator function: its ``close`` must work also when the server never began to read it.
+    """
+
+    def __init__(self, generation: Generation, environ: dict[str, Any], shape: Shape, log: Log):
+        self._generation, self._environ, self._shape, self._log = generation, environ, shape, log
+        self._last_byte_s = time.monotonic()
+        self._events = self._run()
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        return next(self._events)
+
+    def close(self) -> None:
+        self._generation.close()
+        _tell_facts(self._environ, self._generation)
+
+    def _run(self) -> Iterator[bytes]:
+        generation, shape = self._generation, self._shape
+        yield self._sent(b": accepted\n\n")
+        try:
+            for document in shape.first():
+                yield self._data(document)
+            while not generation.ended:
+                event = generation.step()
+                if isinstance(event, Text):
+                    yield self._data(shape.piece(event.text))
+                elif time.monotonic() - self._last_byte_s > _COMMENT_EVERY_S:
+                    yield self._sent(b": waiting\n\n")
+            for document in shape.last(generation):
+                yield self._data(document)
+            if shape.terminator:
+                yield self._sent(shape.terminator)
+        except ServiceError as error:
+            problem = problems.describe_error(error)
+            if problem.status == 500:
+                self._log.write_failure(self._environ[accounts.REQUEST_ID], error)
+            self._environ[accounts.FACTS]["error"] = problem.kind
+            yield self._sent(shape.failure(problem))
+
+    def _data(self, document: dict[str, Any]) -> bytes:
+        return self._sent(b"data: " + json.dumps(document, ensure_ascii=False).encode() + b"\n\n")
+
+    def _sent(self, event: bytes) -> bytes:
+        self._last_byte_s = time.monotonic()
+        return event
