@@ -158,8 +158,9 @@ def _add_key(
     try:
         with closing(_audit(settings)) as audit:
             secret = add_key(settings.keys_file, name, scopes, expires, limits)
+            until = None if expires is None else expires.isoformat(timespec="seconds")
             try:
-                audit.write("key-added", key=name, scopes=sorted(scopes), expires=expires, limits=_known(limits))
+                audit.write("key-added", key=name, scopes=sorted(scopes), expires=until, limits=_known(limits))
             except AuditUnwritable:
                 revoke_key(settings.keys_file, name)  # there is no key that the log does not know of
                 raise

@@ -51,11 +51,12 @@ class _Gate:
         if scope is None:
             return
         req.env[accounts.SCOPE] = scope
-        if scope == "generate":
+        counted = getattr(resource, "counted", False)  # against the requests a minute
+        if counted:
             self._limiter.count_address(req.env[accounts.ADDRESS])
         caller = self._access.identify(req.env, scope)
         req.env[accounts.CALLER] = caller
-        if scope == "generate":
+        if counted:
             self._limiter.count_key(caller)
 
     def process_response(self, req: falcon.Request, resp: falcon.Response, resource: Any, succeeded: bool) -> None:

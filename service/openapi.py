@@ -37,7 +37,7 @@ def build_openapi(settings: Settings) -> Schema:
     openai_refusals = _openai_errors(400, 404, 408, 413, 415, 429, 500, 503) | (
         _openai_errors(401, 403) if guarded else _openai_errors(401)
     )
-    key_errors = (401, 403, 429, 503)
+    key_errors = (401, 403, 503)
     metrics_answers = _answer(None, "the text exposition of Prometheus", "text/plain")
     return {
         "openapi": "3.1.0",

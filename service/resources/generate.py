@@ -14,7 +14,7 @@ from service.schema import TokenBounds, parse_generate
 class GenerateResource:
     """``POST /generate``."""
 
-    scope = "generate"
+    scope, counted = "generate", True
 
     def __init__(self, answerer: Answerer):
         self._answerer = answerer

@@ -16,7 +16,7 @@ from service.resources.answering import Answerer
 class ChatCompletionsResource:
     """``POST /v1/chat/completions``."""
 
-    scope = "generate"
+    scope, counted = "generate", True
 
     def __init__(self, answerer: Answerer):
         self._answerer = answerer
@@ -33,7 +33,7 @@ class ChatCompletionsResource:
 class CompletionsResource:
     """``POST /v1/completions``."""
 
-    scope = "generate"
+    scope, counted = "generate", True
 
     def __init__(self, answerer: Answerer):
         self._answerer = answerer

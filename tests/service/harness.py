@@ -85,8 +85,8 @@ class Service:
     def open_generate(self, prompt: str, **fields: Any) -> socket.socket:
         """A connection on which a generation was asked for."""
         body = json.dumps({"prompt": prompt, **fields}).encode()
-        head = f"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-        return self.open(head.encode() + b"\r\n\r\n" + body)
+        head = "POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        return self.open(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
 
     def metric(self, name: str, **labels: str) -> float:
         """Sum of all samples of that name with these labels."""
@@ -152,14 +152,24 @@ class Service:
         return next(p for p in self.web.children() if "service.engine.worker" in p.cmdline())
 
     def drain(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return self.run("drain", *arguments)
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """``python -m service`` with this service's settings."""
         return subprocess.run(
-            [sys.executable, "-m", "service", "drain", *arguments],
+            [sys.executable, "-m", "service", *arguments],
             cwd=ROOT,
             env=self.environment,
             capture_output=True,
             text=True,
             timeout=60,
         )
+
+    def keys(self, *arguments: str) -> str:
+        """What ``python -m service keys`` prints; a new key, for one."""
+        done = self.run("keys", *arguments)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
 
     def terminate(self, timeout_s: float = 30.0) -> int:
         self.process.send_signal(signal.SIGTERM)

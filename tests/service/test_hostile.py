@@ -131,7 +131,10 @@ HOSTILE: dict[str, tuple[bytes, set[int]]] = {
     "CONNECT": (head(b"CONNECT x:80 HTTP/1.1\r\nHost: localhost"), {400, 404, 405}),
     "absolute path outside": (head(b"GET /../../etc/passwd HTTP/1.1\r\nHost: localhost\r\nConnection: close"), {404}),
     "encoded path": (head(b"GET /%2e%2e/%00health HTTP/1.1\r\nHost: localhost\r\nConnection: close"), {404}),
-    "invalid escapes in the path": (head(b"GET /%ff%fe%zz HTTP/1.1\r\nHost: localhost\r\nConnection: close"), {400, 404}),
+    "invalid escapes in the path": (
+        head(b"GET /%ff%fe%zz HTTP/1.1\r\nHost: localhost\r\nConnection: close"),
+        {400, 404},
+    ),
     "length and chunked": (chunked(b"0\r\n\r\n" + SMUGGLED, b"Content-Length: 5\r\n" + CODING), {400}),
     "chunked and length": (chunked(b"0\r\n\r\n" + SMUGGLED, CODING + b"Content-Length: 50\r\n"), {400}),
     "two lengths": (chunked(BODY + SMUGGLED, b"Content-Length: 32\r\nContent-Length: 0\r\n"), {400}),
