@@ -141,10 +141,7 @@ def check_model(asked: str, model: str) -> None:
 def _parse_message(place: str, entry: Any) -> Message:
     if not isinstance(entry, dict):
         raise RequestMalformed(f"{place}: must be an object with role and content")
-    try:
-        refuse_unknown(entry, _MESSAGE_FIELDS, _UNSUPPORTED_IN_MESSAGE)
-    except FieldUnsupported as error:
-        raise FieldUnsupported(f"{place}.{error.field}", str(error).partition(": ")[2]) from error
+    refuse_unknown(entry, _MESSAGE_FIELDS, _UNSUPPORTED_IN_MESSAGE, f"{place}.")
     role, content = entry.get("role"), entry.get("content")
     if not isinstance(role, str):
         raise RequestMalformed(f"{place}.role: must be a string")
@@ -179,5 +176,6 @@ def _parse_stream_options(document: dict[str, Any], stream: bool) -> bool:
     if not isinstance(options, dict):
         raise RequestMalformed("stream_options: must be an object")
     # Obfuscation pads the pieces so that their lengths tell nothing; behind TLS of one's own nobody asked for it.
-    refuse_unknown(options, {"include_usage"}, {"include_obfuscation": Unsupported("pieces are not padded", (False,))})
+    unsupported = {"include_obfuscation": Unsupported("pieces are not padded", (False,))}
+    refuse_unknown(options, {"include_usage"}, unsupported, "stream_options.")
     return parse_switch(options, "include_usage")

@@ -173,12 +173,18 @@ def _stops(document: dict[str, Any]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(stops))
 
 
-def refuse_unknown(document: dict[str, Any], known: Collection[str], unsupported: Mapping[str, Unsupported]) -> None:
-    """Raises FieldUnsupported for a field that does not exist, or asks for what the engine cannot honour."""
+def refuse_unknown(
+    document: dict[str, Any], known: Collection[str], unsupported: Mapping[str, Unsupported], place: str = ""
+) -> None:
+    """Raises FieldUnsupported for a field that does not exist, or asks for what the engine cannot honour.
+
+    ``place`` leads to the document where that is not the whole body, such as ``messages[0].``.
+    """
     for name, value in document.items():
         if name in known or (name in unsupported and _is_harmless(value, unsupported[name])):
             continue
-        raise FieldUnsupported(name[:64], unsupported[name].why if name in unsupported else "there is no such field")
+        why = unsupported[name].why if name in unsupported else "there is no such field"
+        raise FieldUnsupported(place + name[:64], why)
 
 
 def _is_harmless(value: Any, field: Unsupported) -> bool:

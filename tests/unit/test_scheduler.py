@@ -3,7 +3,7 @@
 import pytest
 
 from service.errors import Unavailable
-from service.scheduler import Scheduler, Work
+from service.scheduler import Scheduler, Ticket, Work
 
 
 class Clock:
@@ -115,3 +115,96 @@ def test_drain_admits_nothing_and_waits_for_all() -> None:
     assert not scheduler.wait_idle(0)
     second.release()
     assert scheduler.wait_idle(0)
+
+
+def run_all(scheduler: Scheduler, tickets: list[Ticket]) -> list[str]:
+    """Owners in the order of their turns, one slot."""
+    order = []
+    waiting = list(tickets)
+    while waiting:
+        (ticket,) = [one for one in waiting if one.turn.is_set()]
+        order.append(ticket.owner)
+        waiting.remove(ticket)
+        ticket.release()
+    return order
+
+
+def test_turns_go_between_owners() -> None:
+    """An owner with many waiting delays another's first by at most the one that runs; then they take turns."""
+    scheduler = Scheduler(queue_size=60)
+    tickets = [scheduler.admit("greedy") for _ in range(6)]
+    tickets += [scheduler.admit("late"), scheduler.admit("later"), scheduler.admit("late")]
+    assert run_all(scheduler, tickets) == [
+        *("greedy", "late", "later", "greedy", "late"),
+        *("greedy", "greedy", "greedy", "greedy"),
+    ]
+
+
+def test_owner_who_comes_again_at_once_does_not_overtake() -> None:
+    """Whoever has had a turn goes behind those who wait, however fast the next request is there."""
+    scheduler = Scheduler(queue_size=60)
+    first, other, third = scheduler.admit("fast"), scheduler.admit("slow"), scheduler.admit("slow")
+    first.release()
+    again = scheduler.admit("fast")
+    assert other.turn.is_set()
+    other.release()
+    assert again.turn.is_set()
+    assert not third.turn.is_set()
+
+
+def test_slots_are_shared_between_owners() -> None:
+    """With two slots, one owner gets the second only while nobody else waits for it."""
+    scheduler = Scheduler(queue_size=60)
+    scheduler.set_slots(2)
+    first, second, third = (scheduler.admit("greedy") for _ in range(3))
+    other = scheduler.admit("other")
+    first.release()
+    assert other.turn.is_set()
+    assert not third.turn.is_set()
+    second.release()
+    assert third.turn.is_set()
+
+
+def test_last_places_are_for_owners_without_any() -> None:
+    """A quarter of the queue is kept: who fills the rest is refused, another's first request is taken."""
+    scheduler = Scheduler(queue_size=8)
+    for _ in range(1 + 6):
+        scheduler.admit("greedy")
+    with pytest.raises(Unavailable, match="last places"):
+        scheduler.admit("greedy")
+    scheduler.admit("other")
+    with pytest.raises(Unavailable):
+        scheduler.admit("other")
+    scheduler.admit("third")
+    with pytest.raises(Unavailable) as caught:
+        scheduler.admit("fourth")
+    assert "last places" not in str(caught.value)
+
+
+def test_predictions_know_the_order_of_turns() -> None:
+    """A newcomer's wait is the running request; the greedy owner's next waits for the newcomer too."""
+    clock = Clock()
+    scheduler = learned(Scheduler(queue_size=60, clock=clock))
+    tickets = [scheduler.admit("greedy", "here") for _ in range(4)]
+    for ticket in tickets:
+        ticket.declare(Work(0, 100), None)  # 10 s each
+    assert scheduler.predicted_wait_s() == pytest.approx(10, abs=0.1)
+    late = scheduler.admit("late", "there")
+    late.declare(Work(0, 50), 15.5)
+    with pytest.raises(Unavailable):
+        late.declare(Work(0, 50), 14.5)
+    tickets[1].declare(Work(0, 100), 25.5)  # 10 s running, 5 s of the newcomer's, 10 s its own
+    with pytest.raises(Unavailable):
+        tickets[1].declare(Work(0, 100), 24.5)
+    assert scheduler.predicted_wait_s() == pytest.approx(15, abs=0.1)
+    assert scheduler.predicted_end_s("late") == scheduler.predicted_end_s("there") == pytest.approx(15, abs=0.1)
+    assert scheduler.predicted_end_s("greedy") == pytest.approx(10, abs=0.1)
+    assert scheduler.predicted_end_s("nobody") == 0.0
+
+
+def test_owners_who_have_left_are_forgotten() -> None:
+    """What is remembered of owners does not grow with their number."""
+    scheduler = Scheduler(queue_size=60)
+    for number in range(1000):
+        scheduler.admit(f"owner {number}").release()
+    assert not scheduler._last_turn
