@@ -14,7 +14,8 @@ from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
 
-from service.audit import AuditLog, describe_report, last_link, verify
+from service.audit import AuditLog
+from service.audit_verify import describe_report, last_link, verify
 from service.control import ask_to_drain
 from service.engine.process import EngineProcess, engine_settings
 from service.errors import AuditUnwritable, ServiceError, SettingsInvalid
@@ -39,6 +40,7 @@ from service.settings import (
     describe_settings,
     parse_integer,
     parse_number,
+    parse_sha256,
     read_settings,
 )
 
@@ -272,7 +274,7 @@ def _add_audit_commands(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="audit_command", required=True, metavar="COMMAND")
     check = commands.add_parser("verify", help="check the chain and say where it breaks (exit code 1)")
     check.add_argument("path", nargs="*", type=Path, metavar="PATH", help="files or folders, also of several nodes")
-    check.add_argument("--after", metavar="HASH", help="the hash that the chain must go on from")
+    check.add_argument("--after", type=_argument(parse_sha256), metavar="HASH", help="a hash that the chain must hold")
     commands.add_parser("head", help="number and hash of the last line, for another node to begin from")
 
 

@@ -139,7 +139,8 @@ def _parse_networks(text: str) -> tuple[Network, ...]:
         raise ValueError(f"must be addresses or networks, as 127.0.0.1,10.0.0.0/8: {error}") from None
 
 
-def _parse_sha256(text: str) -> str:
+def parse_sha256(text: str) -> str:
+    """A digest in lower case; it raises ValueError for anything else."""
     if len(text) != 64 or any(letter not in "0123456789abcdef" for letter in text.lower()):
         raise ValueError("must be 64 hexadecimal digits")
     return text.lower()
@@ -174,7 +175,7 @@ SETTINGS: dict[str, Setting] = {
     "address_tokens_per_day": Setting(parse_integer(1, 1 << 40), "tokens generated for a client address a day"),
     "address_parallel": Setting(parse_integer(1, 1_000_000), "requests a client address may have at the same time"),
     "model": Setting(_parse_text, "a GGUF file's path, or a name of the catalogue"),
-    "model_sha256": Setting(_parse_sha256, "digest that the model's file must have"),
+    "model_sha256": Setting(parse_sha256, "digest that the model's file must have"),
     "model_name": Setting(_parse_text, "name to report instead of the file's own"),
     "context_length": Setting(parse_integer(32, 1 << 20), "tokens; default: what file and memory allow"),
     "threads": Setting(parse_integer(1, 256), "threads of the engine; default: usable CPUs"),
@@ -191,7 +192,7 @@ SETTINGS: dict[str, Setting] = {
     "cache_dir": Setting(_parse_path, "where fetched models are kept"),
     "state_dir": Setting(_parse_path, "where golden answers, verification stamps and counters are kept"),
     "audit_dir": Setting(_parse_path, "where the audit log is kept"),
-    "audit_begin": Setting(_parse_sha256, "hash of another node's last audit line, for the chain to begin from"),
+    "audit_begin": Setting(parse_sha256, "hash of another node's last audit line, for the chain to begin from"),
     "node": Setting(_parse_text, "this node's name in the audit log"),
     "control_socket": Setting(_parse_path, "unix socket of the drain command"),
     "announce": Setting(_parse_switch, "1: print a curl line once the model is ready"),
