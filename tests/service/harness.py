@@ -198,10 +198,13 @@ def write_small_model(folder: Path) -> Path:
 
 
 def service_environment(state_dir: Path, port: int, **settings: Any) -> dict[str, str]:
-    """The environment of a service: nothing of the person's own settings, ``settings`` as LLM_* variables."""
+    """The environment of a service: nothing of the person's own settings, ``settings`` as LLM_* variables.
+
+    Keys are off unless ``auth`` says otherwise; None leaves a setting to its default.
+    """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LLM_")}
     values = {"port": port, "state_dir": state_dir, "cache_dir": state_dir, "auth": "off", **settings}
-    environment.update({f"LLM_{name.upper()}": str(value) for name, value in values.items()})
+    environment.update({f"LLM_{name.upper()}": str(value) for name, value in values.items() if value is not None})
     return environment
 
 

@@ -48,7 +48,7 @@ def serving(state_dir: Path, port: int, **settings: Any) -> Iterator[Terminal]:
     process = subprocess.Popen(
         [sys.executable, "-m", "service", "serve"],
         cwd=ROOT,
-        env=service_environment(state_dir, port, **settings),
+        env=service_environment(state_dir, port, **{"auth": None, **settings}),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -132,9 +132,37 @@ def test_taken_port_is_told(tmp_path: Path) -> None:
             assert terminal.process.wait(10) == 1
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3"])
-def test_other_hosts_are_refused(tmp_path: Path, host: str) -> None:
-    """Anything but loopback is refused, with the reason, before anything listens."""
-    with serving(tmp_path, free_port(), host=host) as terminal:
-        assert "no keys yet" in terminal.wait_line("error: ")
+def test_loopback_needs_no_key_and_says_so(tmp_path: Path) -> None:
+    """On loopback ``serve`` runs without keys, says so, and makes no key."""
+    with serving(tmp_path, free_port()) as terminal:
+        assert "without keys: only this machine" in terminal.wait_line("Serving on")
+        terminal.wait_line("curl -s")
+    assert not (tmp_path / "keys.json").exists()
+
+
+def test_other_hosts_need_a_key_which_is_shown_once(tmp_path: Path) -> None:
+    """On another host a first key is made and printed; the curl line works with it, and the next start shows none."""
+    port = free_port()
+    with serving(tmp_path, port, host="0.0.0.0") as terminal:
+        export = terminal.wait_line("export LLM_KEY=").strip()
+        assert "plain HTTP" in terminal.wait_line("plain HTTP")
+        line = terminal.wait_line("curl -s").strip()
+        assert "$LLM_KEY" in line
+        assert f"http://127.0.0.1:{port}/" in line
+        done = subprocess.run(["sh", "-c", f"{export}; {line}"], capture_output=True, timeout=30)
+        assert json.loads(done.stdout)["response"].strip()
+        refused = subprocess.run(["sh", "-c", f"LLM_KEY=; {line}"], capture_output=True, timeout=30)
+        assert json.loads(refused.stdout)["status"] == 401
+    secret = export.partition("=")[2]
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or secret.encode() not in path.read_bytes(), path
+    with serving(tmp_path, port, host="0.0.0.0") as terminal:
+        terminal.wait_line("curl -s")
+        assert not any("mllm_" in line for line in terminal.lines)
+
+
+def test_keys_cannot_be_switched_off_on_other_hosts(tmp_path: Path) -> None:
+    """Without keys anybody could use the model: refused before anything listens."""
+    with serving(tmp_path, free_port(), host="0.0.0.0", auth="off") as terminal:
+        assert "LLM_AUTH=off" in terminal.wait_line("error: ")
         assert terminal.process.wait(10) == 2
