@@ -5,8 +5,10 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import falcon.inspect
 import falcon.testing
 import pytest
 from limits.storage import MemoryStorage
@@ -18,7 +20,7 @@ from service.app import create_app
 from service.engine.process import EngineState
 from service.errors import AuditUnwritable
 from service.generation import Generator
-from service.keys import KeyFile
+from service.keys import KeyFile, Limits, add_key
 from service.limits import Limiter
 from service.metrics import Metrics
 from service.scheduler import Scheduler
@@ -335,3 +337,184 @@ def test_log_line(bench: Bench) -> None:
     assert expected.items() <= line.items()
     assert {"duration_ms", "queue_ms", "prefill_ms", "decode_ms"} <= set(line)
     assert "verysecret" not in bench.lines.getvalue()
+
+
+def keyed_bench(folder: Path, *, limits: Limits | None = None, **settings: Any) -> tuple[Bench, dict[str, str]]:
+    """A bench that needs keys, and the header of one."""
+    path = folder / "keys.json"
+    secret = add_key(path, "alice", limits=limits)
+    bench = Bench(auth="keys", keys_file=path, **settings)
+    return bench, {"Authorization": f"Bearer {secret}"}
+
+
+GUARDED = [
+    ("POST", "/generate"),
+    ("POST", "/v1/chat/completions"),
+    ("POST", "/v1/completions"),
+    ("GET", "/v1/models"),
+    ("GET", "/v1/models/fake"),
+    ("GET", "/usage"),
+]
+OPEN = ["/health", "/ready", "/version", "/openapi.json", "/", "/page.js", "/page.css"]
+
+
+@pytest.mark.parametrize(("method", "path"), GUARDED)
+def test_guarded_paths_need_a_key(tmp_path: Path, method: str, path: str) -> None:
+    """Without a key: 401 with both challenges, in the path's own shape, whatever the body; and nothing is counted."""
+    bench, _ = keyed_bench(tmp_path)
+    refused = bench.client.simulate_request(method, path, body="{")
+    assert refused.status_code == 401
+    assert "Bearer" in refused.headers["www-authenticate"]
+    assert "Basic" in refused.headers["www-authenticate"]
+    assert ("error" in refused.json) == path.startswith("/v1/")
+    assert bench.scheduler.counts() == (0, 0)
+    assert [(line["event"], line["reason"]) for line in bench.audit.lines] == [("refused", "unauthenticated")]
+
+
+@pytest.mark.parametrize("path", OPEN)
+def test_open_paths_need_none(tmp_path: Path, path: str) -> None:
+    """What watches the service, describes it or shows the page needs no key, and leaves no audit line."""
+    bench, _ = keyed_bench(tmp_path)
+    assert bench.client.simulate_get(path).status_code == 200
+    assert not bench.audit.lines
+
+
+def test_every_route_is_guarded_or_known_to_be_open() -> None:
+    """A new route is guarded unless this test's list says that it is open."""
+    app = create_app(Bench().generator, Access(None), FakeAudit(), Log(io.StringIO()))
+    routes = {route.path for route in falcon.inspect.inspect_routes(app._application)}
+    unguarded = {
+        route.path
+        for route in falcon.inspect.inspect_routes(app._application)
+        if getattr(app._application._router.find(route.path.replace("{model:path}", "x"))[0], "scope", None) is None
+    }
+    assert unguarded == {*OPEN, "/page.svg"}
+    assert len(routes) > len(unguarded)
+
+
+def test_metrics_guard(tmp_path: Path) -> None:
+    """Metrics are open on loopback, and guarded through a proxy."""
+    bench, headers = keyed_bench(tmp_path)
+    assert bench.client.simulate_get("/metrics").status_code == 200
+    proxied = {"X-Forwarded-For": "127.0.0.1"}
+    assert_problem(bench.client.simulate_get("/metrics", headers=proxied), 401, "unauthenticated")
+    assert_problem(bench.client.simulate_get("/metrics", headers={**proxied, **headers}), 403, "forbidden")
+
+
+def test_audit_lines_of_a_request(tmp_path: Path) -> None:
+    """Admission and end, with key, address and counts."""
+    bench, headers = keyed_bench(tmp_path)
+    result = bench.post({"prompt": "say a b", "max_tokens": 9}, headers=headers)
+    admitted, ended = bench.audit.lines
+    assert admitted == {
+        **{"event": "admitted", "id": result.json["id"], "key": "alice", "address": "127.0.0.1"},
+        **{"endpoint": "/generate", "prompt_tokens": 6, "max_tokens": 9},
+    }
+    assert (ended["event"], ended["outcome"], ended["completion_tokens"]) == ("ended", "stop", 2)
+
+
+def test_nothing_is_generated_unless_the_audit_log_says_so(tmp_path: Path) -> None:
+    """A log that cannot be written closes the service: 503, no token, slot and reservation given back."""
+    bench, headers = keyed_bench(tmp_path)
+    bench.audit.full = True
+    for stream in (False, True):
+        refused = bench.post({"prompt": "say x", "stream": stream}, headers=headers)
+        problem = assert_problem(refused, 503, "records-unwritable")
+        assert "space" not in problem["detail"]
+    assert bench.scheduler.counts() == (0, 0)
+    assert bench.limiter.tokens_today("alice") == 0
+    assert families(bench)["llm_tokens_generated"].samples[0].value == 0
+    assert any(line["event"] == "failure" and "AuditUnwritable" in line["error"] for line in bench.log())
+    bench.audit.full = False
+    assert bench.post({"prompt": "say x"}, headers=headers).status_code == 200
+
+
+def test_limits_over_http(tmp_path: Path) -> None:
+    """Headers tell what is left on every answer; a 429 tells when to come again, in both shapes."""
+    bench, headers = keyed_bench(tmp_path, limits=Limits(requests_per_minute=2, tokens_per_day=50))
+    first = bench.post({"prompt": "say a b c"}, headers=headers)
+    assert first.headers["ratelimit"].startswith('"key-requests";r=1;t=')
+    assert '"key-tokens";r=47;t=' in first.headers["ratelimit"]
+    assert bench.post(body="{", headers=headers).status_code == 400  # counted: whoever sends rubbish sends requests
+    refused = bench.post({"prompt": "say x"}, headers=headers)
+    assert_problem(refused, 429, "key-requests")
+    assert 50 <= int(refused.headers["retry-after"]) <= 60
+    body = json.dumps({"model": "fake", "messages": [{"role": "user", "content": "say x"}]})
+    openai = {"Content-Type": "application/json", **headers}
+    chat = bench.client.simulate_post("/v1/chat/completions", body=body, headers=openai)
+    assert chat.status_code == 429
+    assert chat.json["error"]["code"] == "rate_limit_exceeded"
+    assert "retry-after" in chat.headers
+    assert bench.client.simulate_get("/v1/models", headers=headers).status_code == 200
+
+
+def test_places_of_a_key_are_given_back_whatever_happens(tmp_path: Path) -> None:
+    """Failures, refusals and streams that are never read leave no place and no token taken."""
+    bench, headers = keyed_bench(tmp_path, limits=Limits(parallel=1, tokens_per_day=1000))
+    for document in (
+        {"prompt": "fail"},
+        {"prompt": "fail", "stream": True},
+        {"prompt": "x", "max_tokens": 4000},
+        {"prompt": "x " * 900},
+        {"prompt": "x", "seed": 1},
+        {"prompt": "say a", "stream": True},
+    ):
+        assert bench.post(document, headers=headers).status_code in (200, 400, 500)
+    refused = bench.post({"prompt": "pause 0.1"}, headers={**headers, "X-Deadline-S": "0.0001"})
+    assert refused.status_code in (200, 503)
+    assert bench.post({"prompt": "say a"}, headers=headers).status_code == 200
+    assert bench.limiter.tokens_today("alice") <= 3
+    bench.scheduler.drain()
+    assert bench.post({"prompt": "say a"}, headers=headers).status_code == 503
+    assert not bench.limiter._parallel
+
+
+def test_openai_stream(bench: Bench) -> None:
+    """Role first, pieces, reason, usage if asked for, then [DONE]; a failure is an error document without [DONE]."""
+
+    def events(document: dict[str, Any]) -> list[str]:
+        body = json.dumps({"model": "fake", "stream": True, **document})
+        headers = {"Content-Type": "application/json"}
+        result = bench.client.simulate_post("/v1/chat/completions", body=body, headers=headers)
+        assert result.headers["content-type"] == "text/event-stream; charset=utf-8"
+        return [line[6:] for line in result.text.splitlines() if line.startswith("data: ")]
+
+    asked = {"messages": [{"role": "user", "content": "say a b"}], "stream_options": {"include_usage": True}}
+    *chunks, done = events(asked)
+    assert done == "[DONE]"
+    parsed = [json.loads(chunk) for chunk in chunks]
+    assert [chunk["choices"][0]["delta"] for chunk in parsed[:-1]] == [
+        {"role": "assistant", "content": ""},
+        {"content": "a"},
+        {"content": " b"},
+        {},
+    ]
+    assert parsed[-1]["usage"]["completion_tokens"] == 2
+    *_, failure = events({"messages": [{"role": "user", "content": "fail"}]})
+    assert json.loads(failure)["error"]["type"] == "server_error"
+
+
+def test_raw_completion_skips_the_template(bench: Bench) -> None:
+    """A plain completion reaches the engine as one text; its answer has OpenAI's default of 16 tokens."""
+    headers = {"Content-Type": "application/json"}
+    body = json.dumps({"model": "fake", "prompt": "go on"})
+    done = bench.client.simulate_post("/v1/completions", body=body, headers=headers).json
+    assert done["usage"]["completion_tokens"] == 16
+    assert done["choices"][0]["finish_reason"] == "length"
+
+
+def test_loading_service_has_no_model_yet(bench: Bench) -> None:
+    """Before the first load the list of models is empty, and asking is a 503 in OpenAI's shape."""
+    bench.engine.state = EngineState("loading", "the engine is loading the model")
+    assert bench.client.simulate_get("/v1/models").json["data"] == []
+    refused = bench.client.simulate_get("/v1/models/fake")
+    assert (refused.status_code, refused.json["error"]["code"]) == (503, "loading")
+
+
+def test_ready_tells_speed_and_wait(bench: Bench) -> None:
+    """The page's figures: predicted wait and measured speed, null before anything was measured."""
+    assert bench.client.simulate_get("/ready").json["tokens_per_second"] is None
+    bench.post({"prompt": "pause 0.01 say a b c"})
+    ready = bench.client.simulate_get("/ready").json
+    assert 20 < ready["tokens_per_second"] <= 100
+    assert ready["predicted_wait_s"] == 0
