@@ -18,7 +18,7 @@ from service.access import Access
 from service.accounts import Log
 from service.app import create_app
 from service.engine.process import EngineState
-from service.errors import AuditUnwritable
+from service.errors import AuditUnwritable, StateUnwritable
 from service.generation import Generator
 from service.keys import KeyFile, Limits, add_key
 from service.limits import Limiter
@@ -427,6 +427,26 @@ def test_nothing_is_generated_unless_the_audit_log_says_so(tmp_path: Path) -> No
     assert any(line["event"] == "failure" and "AuditUnwritable" in line["error"] for line in bench.log())
     bench.audit.full = False
     assert bench.post({"prompt": "say x"}, headers=headers).status_code == 200
+
+
+def test_counters_that_fail_cost_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When tokens cannot be settled the answer is sent all the same; the next request is refused, nothing is lost."""
+    bench, headers = keyed_bench(tmp_path, limits=Limits(parallel=1))
+    storage = bench.limiter._counters
+    count, calls = storage.incr, []
+
+    def fail_after_the_first(*arguments: Any) -> int:
+        calls.append(arguments)
+        if len(calls) > 1:
+            raise StateUnwritable("the counters cannot be used: disk full")
+        return count(*arguments)
+
+    monkeypatch.setattr(storage, "incr", fail_after_the_first)
+    assert bench.post({"prompt": "say a"}, headers=headers).json["response"] == "a"
+    assert_problem(bench.post({"prompt": "say a"}, headers=headers), 503, "records-unwritable")
+    monkeypatch.setattr(storage, "incr", count)
+    assert bench.post({"prompt": "say a"}, headers=headers).status_code == 200
+    assert bench.scheduler.counts() == (0, 0)
 
 
 def test_limits_over_http(tmp_path: Path) -> None:
