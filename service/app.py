@@ -104,7 +104,7 @@ def create_app(generator: Generator, access: Access, audit: AuditLog, log: Log) 
     app.add_route("/ready", ReadyResource(generator))
     app.add_route("/metrics", MetricsResource(generator.metrics))
     app.add_route("/version", VersionResource(generator))
-    app.add_route("/openapi.json", OpenApiResource(generator.settings))
+    app.add_route("/openapi.json", OpenApiResource(generator))
 
     def on_service_error(req: falcon.Request, resp: falcon.Response, error: ServiceError, params: Any) -> None:
         problem = problems.describe_error(error)

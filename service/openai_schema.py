@@ -33,7 +33,7 @@ _NO_TOOLS = "the engine does not call tools"
 _COMMON = {"model", "stop", "stream", "stream_options", "user", *SAMPLING}
 _COMPLETION_FIELDS = {"prompt", "max_tokens", *_COMMON}
 _CHAT_FIELDS = {"messages", *CHAT_MAX_TOKENS, *_COMMON}
-_UNSUPPORTED_BY_CHAT = {
+UNSUPPORTED_BY_CHAT = {
     **UNSUPPORTED,
     "tool_choice": Unsupported(_NO_TOOLS, ("none", "auto")),
     "parallel_tool_calls": Unsupported(_NO_TOOLS, (True, False)),
@@ -50,7 +50,7 @@ _UNSUPPORTED_BY_CHAT = {
     "web_search_options": Unsupported("the engine looks nothing up"),
 }
 _MESSAGE_FIELDS = {"role", "content"}
-_UNSUPPORTED_IN_MESSAGE = {
+UNSUPPORTED_IN_MESSAGE = {
     "name": Unsupported("chat templates have no place for a name"),
     "tool_calls": Unsupported(_NO_TOOLS, ([],)),
     "tool_call_id": Unsupported(_NO_TOOLS),
@@ -59,6 +59,8 @@ _UNSUPPORTED_IN_MESSAGE = {
     "audio": Unsupported("the engine reads text only"),
     "annotations": Unsupported("the engine reads text only", ([],)),
 }
+# Obfuscation pads the pieces so that their lengths tell nothing; behind TLS of one's own nobody asked for it.
+UNSUPPORTED_IN_STREAM_OPTIONS = {"include_obfuscation": Unsupported("pieces are not padded", (False,))}
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def parse_chat(document: dict[str, Any], model: str, largest_max_tokens: int) ->
 
     Raises what ``schema.parse_generate`` raises, and ModelUnknown.
     """
-    refuse_unknown(document, _CHAT_FIELDS, _UNSUPPORTED_BY_CHAT)
+    refuse_unknown(document, _CHAT_FIELDS, UNSUPPORTED_BY_CHAT)
     _check_model(document, model)
     entries = document.get("messages")
     if not isinstance(entries, list):
@@ -141,7 +143,7 @@ def check_model(asked: str, model: str) -> None:
 def _parse_message(place: str, entry: Any) -> Message:
     if not isinstance(entry, dict):
         raise RequestMalformed(f"{place}: must be an object with role and content")
-    refuse_unknown(entry, _MESSAGE_FIELDS, _UNSUPPORTED_IN_MESSAGE, f"{place}.")
+    refuse_unknown(entry, _MESSAGE_FIELDS, UNSUPPORTED_IN_MESSAGE, f"{place}.")
     role, content = entry.get("role"), entry.get("content")
     if not isinstance(role, str):
         raise RequestMalformed(f"{place}.role: must be a string")
@@ -175,7 +177,5 @@ def _parse_stream_options(document: dict[str, Any], stream: bool) -> bool:
         raise RequestMalformed("stream_options: is only for streams")
     if not isinstance(options, dict):
         raise RequestMalformed("stream_options: must be an object")
-    # Obfuscation pads the pieces so that their lengths tell nothing; behind TLS of one's own nobody asked for it.
-    unsupported = {"include_obfuscation": Unsupported("pieces are not padded", (False,))}
-    refuse_unknown(options, {"include_usage"}, unsupported, "stream_options.")
+    refuse_unknown(options, {"include_usage"}, UNSUPPORTED_IN_STREAM_OPTIONS, "stream_options.")
     return parse_switch(options, "include_usage")

@@ -1,399 +1,326 @@
-"""Owns ``/openapi.json``: every path, body, bound and error, told from the tables by which requests are checked."""
+"""Owns ``/openapi.json``: every path with its answers and errors; the bodies' schemas stand in ``openapi_schemas``."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import falcon
 
 from service import __version__
-from service.openai_schema import CHAT_MAX_TOKENS, COMPLETION_MAX_TOKENS, LONGEST_USER, MOST_MESSAGES, ROLES
-from service.problems import MEDIA_TYPE
-from service.schema import LONGEST_STOP, MOST_STOPS, SAMPLING, Number
+from service.engine.interface import Description
+from service.generation import Generator
+from service.openapi_schemas import Schema, describe_answers, describe_requests, model_name, ref
+from service.problems import MEDIA_TYPE, describe_status, openai_code
+from service.resources.page import FILES
 from service.settings import Settings
 
-Schema = dict[str, Any]
-
-# U+0000 is refused; lone surrogates are too, but no pattern over characters can say so, and no client can send one.
-_TEXT_PATTERN = "^[^\\u0000]*$"
+_JSON, _EVENTS = "application/json", "text/event-stream"
+# Each status with what it means and the kinds of problems that have it.
+_ERRORS: dict[int, tuple[str, tuple[str, ...]]] = {
+    400: (
+        "malformed, unsupported, or refused by the engine: it does not fit the context (with exact counts), the chat "
+        "template has no place for it, or the text goes on too long without a break",
+        ("malformed", "unsupported-field", "context-exceeded"),
+    ),
+    401: ("no valid key; where keys are off: not a direct request from the machine itself", ("unauthenticated",)),
+    403: ("the key's scopes do not hold this", ("forbidden",)),
+    404: ("another model is served", ("model-unknown",)),
+    408: ("the request did not arrive in time", ()),
+    413: ("the body is too large", ("body-too-large",)),
+    414: ("the request line is too long", ()),
+    415: ("the body is not declared as JSON", ("unsupported-media-type",)),
+    417: ("an expectation other than 100-continue", ()),
+    422: ("a field is out of its bounds", ("out-of-bounds",)),
+    429: (
+        "a limit of the key or of the address is reached",
+        ("key-requests", "key-tokens", "key-parallel", "address-requests", "address-tokens", "address-parallel"),
+    ),
+    431: ("the headers are too large", ()),
+    500: ("the engine or the service failed; the id stands in the log", ("engine-failed", "internal")),
+    501: ("an unknown transfer coding", ()),
+    503: (
+        "not now: loading, busy, draining, the deadline cannot be met, or keys or records cannot be used",
+        (
+            *("loading", "engine-failed", "queue-full", "queue-timeout", "deadline", "draining", "client-left"),
+            *("answer-cancelled", "keys-unusable", "records-unwritable"),
+        ),
+    ),
+}
+# The web server says these before it knows the path: in the shape of a problem, on OpenAI's paths too.
+_BEFORE_THE_PATH = (400, 408, 414, 417, 431, 501)
+_EVERYWHERE = (*_BEFORE_THE_PATH, 500)
+_HEADERS: dict[str, Schema] = {
+    "X-Request-Id": {
+        "description": "under which the request stands in the log",
+        "required": True,
+        "schema": {"type": "string", "pattern": "^[0-9a-f]{32}$"},
+    },
+    "Retry-After": {"description": "seconds to wait", "schema": {"type": "integer", "minimum": 1}},
+    "RateLimit": {
+        "description": "what is left of each limit (draft-ietf-httpapi-ratelimit-headers-10); without limits not there",
+        "schema": {"type": "string"},
+    },
+    "RateLimit-Policy": {"description": "the limits of key and address", "schema": {"type": "string"}},
+    "WWW-Authenticate": {"description": "how to send a key", "required": True, "schema": {"type": "string"}},
+    "ETag": {"description": "which file it is", "required": True, "schema": {"type": "string"}},
+}
+_SCHEMES = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "a key"},
+    "basic": {"type": "http", "scheme": "basic", "description": "name and key"},
+}
+# schema.parse_deadline in one expression: above 0, up to 86400.
+_DEADLINE_PATTERN = (
+    "^(?=.*[1-9])(0?([0-7]?[0-9]{1,4}|8[0-5][0-9]{3}|86[0-3][0-9]{2})(\\.[0-9]{1,6})?|0?86400(\\.0{1,6})?)$"
+)
+_DEADLINE = {
+    "name": "X-Deadline-S",
+    "in": "header",
+    "description": "seconds, above 0 and up to 86400, after which the answer is worthless: refused at once with 503 if "
+    "it cannot be met as far as the measured speed tells, ended when it is over",
+    "schema": {"type": "string", "pattern": _DEADLINE_PATTERN},
+}
+_KNOWN_FILE = {
+    "name": "If-None-Match",
+    "in": "header",
+    "description": "ETags of what the client has",
+    "schema": {"type": "string"},
+}
+_QUESTION = "What is mini-llm?"
 
 
 class OpenApiResource:
-    """``GET /openapi.json``."""
+    """``GET /openapi.json``: names the model and heeds its context as soon as they are known."""
 
-    def __init__(self, settings: Settings):
-        self._document = build_openapi(settings)
+    def __init__(self, generator: Generator):
+        self._generator = generator
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
-        resp.media = self._document
+        resp.media = build_openapi(self._generator.settings, self._generator.engine.describe())
 
 
-def build_openapi(settings: Settings) -> Schema:
-    """The OpenAPI 3.1 document of a service with these settings."""
-    guarded = [{"bearer": []}, {"basic": []}] if settings.keys_required else []
-    text = {
-        "parameters": [{"$ref": "#/components/parameters/deadline"}],
-        "security": guarded,
-    }
-    refusals = _errors(400, 408, 413, 415, 422, 429, 500, 503) | (_errors(401, 403) if guarded else _errors(401))
-    openai_refusals = _openai_errors(400, 404, 408, 413, 415, 429, 500, 503) | (
-        _openai_errors(401, 403) if guarded else _openai_errors(401)
-    )
-    key_errors = (401, 403, 503)
-    metrics_answers = _answer(None, "the text exposition of Prometheus", "text/plain")
+def build_openapi(settings: Settings, model: Description | None) -> Schema:
+    """The OpenAPI 3.1 document of a service with these settings; ``model`` is None before the first load."""
     return {
         "openapi": "3.1.0",
         "info": {
             "title": "mini-llm",
             "version": __version__,
             "description": "A language model on a server of one's own. What the engine cannot honour is refused, never "
-            "ignored; a prompt that does not fit the context is a 400 with exact counts.",
+            "ignored. Everywhere a path that there is not is a 404, a method that a path does not have a 405, and "
+            "OPTIONS tells the methods.",
         },
         "paths": {
-            "/generate": {
-                "post": {
-                    "operationId": "generate",
-                    "summary": "Generate text from a prompt",
-                    **text,
-                    "requestBody": _body("GenerateRequest"),
-                    "responses": _text_answer("GenerateAnswer") | refusals,
-                }
-            },
-            "/v1/chat/completions": {
-                "post": {
-                    "operationId": "createChatCompletion",
-                    "summary": "Answer a conversation, in OpenAI's shape",
-                    **text,
-                    "requestBody": _body("ChatRequest"),
-                    "responses": _text_answer("ChatCompletion") | openai_refusals,
-                }
-            },
-            "/v1/completions": {
-                "post": {
-                    "operationId": "createCompletion",
-                    "summary": "Go on from a text, outside the chat template, in OpenAI's shape",
-                    **text,
-                    "requestBody": _body("CompletionRequest"),
-                    "responses": _text_answer("Completion") | openai_refusals,
-                }
-            },
-            "/v1/models": {
-                "get": {
-                    "operationId": "listModels",
-                    "summary": "The model that is served; an empty list while it loads for the first time",
-                    "security": guarded,
-                    "responses": _answer("ModelList", "the list") | _openai_errors(*key_errors),
-                }
-            },
-            "/v1/models/{model}": {
-                "get": {
-                    "operationId": "retrieveModel",
-                    "summary": "One model",
-                    "security": guarded,
-                    "parameters": [
-                        {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
-                    ],
-                    "responses": _answer("Model", "the model") | _openai_errors(404, *key_errors),
-                }
-            },
-            "/usage": {
-                "get": {
-                    "operationId": "getUsage",
-                    "summary": "Where the caller's key stands with its limits; every key's for the scope admin",
-                    "security": guarded,
-                    "responses": _answer("Usage", "the counts") | _errors(*key_errors),
-                }
-            },
-            "/health": {
-                "get": {
-                    "operationId": "getHealth",
-                    "summary": "The process is alive; waits for nothing",
-                    "responses": _answer("Health", "alive"),
-                }
-            },
-            "/ready": {
-                "get": {
-                    "operationId": "getReady",
-                    "summary": "200 once the model has given its golden answer since it started",
-                    "responses": _answer("Ready", "ready")
-                    | {"503": {"description": "not ready", **_content("Ready"), "headers": _RETRY_AFTER}},
-                }
-            },
-            "/version": {
-                "get": {
-                    "operationId": "getVersion",
-                    "summary": "Service, engine and model; null before the first load",
-                    "responses": _answer("Version", "what runs"),
-                }
-            },
-            "/metrics": {
-                "get": {
-                    "operationId": "getMetrics",
-                    "summary": "Metrics; without a key from the machine itself only",
-                    "security": [*guarded, {}] if guarded else [],
-                    "responses": metrics_answers | _errors(401, 403, 503),
-                }
-            },
-            "/openapi.json": {
-                "get": {
-                    "operationId": "getOpenapi",
-                    "summary": "This document",
-                    "responses": _answer(None, "this document"),
-                }
-            },
-            **{path: _page_path(path, media_type) for path, media_type in _PAGE.items()},
+            **_text_paths(settings.keys_required, model),
+            **_openai_model_paths(settings.keys_required, model),
+            **_state_paths(settings.keys_required),
+            **{path: _page_path(path, media_type.partition(";")[0]) for path, (_, media_type) in FILES.items()},
         },
         "components": {
-            "securitySchemes": {
-                "bearer": {"type": "http", "scheme": "bearer", "description": "a key"},
-                "basic": {"type": "http", "scheme": "basic", "description": "name and key"},
-            },
-            "parameters": {
-                "deadline": {
-                    "name": "X-Deadline-S",
-                    "in": "header",
-                    "description": "seconds after which the answer is worthless; refused at once if it cannot be met",
-                    "schema": {"type": "string", "pattern": "^(?=.*[1-9])[0-9]{1,4}(\\.[0-9]{1,6})?$"},
-                }
+            "schemas": describe_requests(settings, model) | describe_answers(),
+            "responses": {
+                _error_name(status, openai): _error(status, openai) for status in _ERRORS for openai in (False, True)
             },
             "headers": _HEADERS,
-            "schemas": _schemas(settings),
+            **({"securitySchemes": _SCHEMES} if settings.keys_required else {}),
         },
     }
 
 
-_PAGE = {"/": "text/html", "/page.js": "text/javascript", "/page.css": "text/css", "/page.svg": "image/svg+xml"}
-_RETRY_AFTER = {"Retry-After": {"$ref": "#/components/headers/Retry-After"}}
-_HEADERS = {
-    "Retry-After": {"description": "seconds to wait", "schema": {"type": "string", "pattern": "^[0-9]+$"}},
-    "RateLimit": {
-        "description": "what is left of each limit (draft-ietf-httpapi-ratelimit-headers-10)",
-        "schema": {"type": "string"},
-    },
-    "RateLimit-Policy": {"description": "the limits of key and address", "schema": {"type": "string"}},
-    "WWW-Authenticate": {"description": "how to send a key", "schema": {"type": "string"}},
-}
-_ERRORS = {
-    400: "malformed, unsupported, or it does not fit the context",
-    401: "no valid key",
-    403: "the key's scopes do not hold this",
-    404: "there is no such model",
-    408: "the request did not arrive in time",
-    413: "the body is too large",
-    415: "the body is not declared as JSON",
-    422: "a field is out of its bounds",
-    429: "a limit of the key or the address is reached",
-    500: "the engine or the service failed; the id stands in the log",
-    503: "busy, loading, draining, or records and keys cannot be used",
-}
+def _text_paths(keys_required: bool, model: Description | None) -> Schema:
+    errors = (*_EVERYWHERE, *_key_errors(keys_required), 413, 415, 429)
+    named = {"model": "starter" if model is None else model.model}
 
+    def post(identity: str, summary: str, body: str, example: Schema, answer: Schema, errors: Schema) -> Schema:
+        content = {"schema": ref(body), "examples": {"short": {"value": example}}}
+        operation = {
+            "operationId": identity,
+            "summary": summary,
+            "security": _keys(keys_required),
+            "parameters": [_DEADLINE],
+            "requestBody": {"required": True, "content": {_JSON: content}},
+            "responses": {"200": answer, **errors},
+        }
+        return {"post": operation}
 
-def _content(name: str | None, media_type: str = "application/json") -> Schema:
-    schema = {} if name is None else {"$ref": f"#/components/schemas/{name}"}
-    return {"content": {media_type: {"schema": schema}}}
-
-
-def _body(name: str) -> Schema:
-    return {"required": True, **_content(name)}
-
-
-def _answer(name: str | None, description: str, media_type: str = "application/json") -> Schema:
-    return {"200": {"description": description, **_content(name, media_type)}}
-
-
-def _text_answer(name: str) -> Schema:
-    content = _content(name)["content"] | {"text/event-stream": {"schema": {"type": "string"}}}
-    headers = {name: {"$ref": f"#/components/headers/{name}"} for name in ("RateLimit", "RateLimit-Policy")}
-    return {"200": {"description": "the text, whole or as server-sent events", "content": content, "headers": headers}}
-
-
-def _errors(*statuses: int) -> Schema:
-    return {str(status): _error(status, "Problem", MEDIA_TYPE) for status in statuses}
-
-
-def _openai_errors(*statuses: int) -> Schema:
-    return {str(status): _error(status, "OpenAIError", "application/json") for status in statuses}
-
-
-def _error(status: int, schema: str, media_type: str) -> Schema:
-    headers = dict(_RETRY_AFTER) if status == 429 else {}
-    if status == 401:
-        headers["WWW-Authenticate"] = {"$ref": "#/components/headers/WWW-Authenticate"}
     return {
-        "description": _ERRORS[status],
-        **_content(schema, media_type),
-        **({"headers": headers} if headers else {}),
+        "/generate": post(
+            "generate",
+            "Generate text from a prompt",
+            "GenerateRequest",
+            {"prompt": _QUESTION},
+            _text_answer("GenerateAnswer", ("GeneratePiece", "GenerateEnd", "Problem")),
+            _errors((*errors, 422)),
+        ),
+        "/v1/chat/completions": post(
+            "createChatCompletion",
+            "Answer a conversation, in OpenAI's shape",
+            "ChatRequest",
+            {**named, "messages": [{"role": "user", "content": _QUESTION}], "stream": True},
+            _text_answer("ChatCompletion", ("ChatChunk", "OpenAIError"), terminated=True),
+            _errors((*errors, 404), openai=True),
+        ),
+        "/v1/completions": post(
+            "createCompletion",
+            "Go on from a text, outside the chat template, in OpenAI's shape",
+            "CompletionRequest",
+            {**named, "prompt": _QUESTION},
+            _text_answer("Completion", ("CompletionChunk", "OpenAIError"), terminated=True),
+            _errors((*errors, 404), openai=True),
+        ),
+    }
+
+
+def _openai_model_paths(keys_required: bool, model: Description | None) -> Schema:
+    errors = (*_EVERYWHERE, *_key_errors(keys_required))
+    first = {"operationId": "retrieveModel", "parameters": {"model": "$response.body#/data/0/id"}}
+    return {
+        "/v1/models": _get(
+            "listModels",
+            "The model that is served; an empty list while it loads for the first time",
+            {**_answer("the list", ref("ModelList")), "links": {"first": first}},
+            _errors(errors, openai=True),
+            security=_keys(keys_required),
+        ),
+        "/v1/models/{model}": _get(
+            "retrieveModel",
+            "One model",
+            _answer("the model", ref("Model")),
+            _errors((*errors, 404), openai=True),
+            security=_keys(keys_required),
+            parameters=[{"name": "model", "in": "path", "required": True, "schema": model_name(model)}],
+        ),
+    }
+
+
+def _state_paths(keys_required: bool) -> Schema:
+    errors = _errors(_EVERYWHERE)
+    guarded_errors = _errors((*_EVERYWHERE, *_key_errors(keys_required)))
+    whose = "without a key for direct requests from the machine itself, with one for all others"
+    not_ready = _answer("not ready", ref("Ready"), headers=("X-Request-Id", "Retry-After"))
+    return {
+        "/usage": _get(
+            "getUsage",
+            "Where the caller's key stands with its limits; every key for the scope admin",
+            _answer("the counts", ref("Usage")),
+            guarded_errors,
+            security=_keys(keys_required),
+        ),
+        "/health": _get(
+            "getHealth", "The process is alive; waits for nothing", _answer("alive", ref("Health")), errors
+        ),
+        "/ready": _get(
+            "getReady",
+            "200 once the model has given its golden answer since it started",
+            _answer("ready", ref("Ready")),
+            {**errors, "503": not_ready},
+        ),
+        "/version": _get(
+            "getVersion",
+            "Service, engine and model; null before the first load",
+            _answer("what runs", ref("Version")),
+            errors,
+        ),
+        "/metrics": _get(
+            "getMetrics",
+            f"Metrics for Prometheus; {whose}" if keys_required else "Metrics for Prometheus",
+            _answer("the text exposition", {"type": "string"}, "text/plain"),
+            guarded_errors,
+            security=[*_keys(keys_required), {}] if keys_required else [],
+        ),
+        "/openapi.json": _get("getOpenapi", "This document", _answer("this document", {"type": "object"}), errors),
     }
 
 
 def _page_path(path: str, media_type: str) -> Schema:
-    answers = _answer(None, "the file", media_type) | {"304": {"description": "as the client has it"}}
-    name = path.strip("/").replace("page.", "page-") or "page"
+    """GET and HEAD of one file of the page."""
+    headers = ("X-Request-Id", "ETag")
+    whole = _answer("the file", {"type": "string"}, media_type, headers)
+    answers = {"get": whole, "head": {"description": "the file's headers", "headers": _headers(*headers)}}
+    known = {"description": "the client has it", "headers": _headers(*headers)}
     return {
-        "get": {"operationId": f"get-{name}", "summary": "The page to try the service", "responses": answers},
-        "head": {
-            "operationId": f"head-{name}",
-            "summary": "The same without the file",
-            "responses": {"200": {"description": "the file's headers"}, "304": {"description": "as the client has it"}},
-        },
+        method: {
+            "operationId": f"{method}-{path.strip('/').replace('.', '-') or 'page'}",
+            "summary": "The page to try the service",
+            "parameters": [_KNOWN_FILE],
+            "responses": {"200": answer, "304": known, **_errors(_EVERYWHERE)},
+        }
+        for method, answer in answers.items()
     }
 
 
-def _object(properties: Schema, required: tuple[str, ...] | None = None) -> Schema:
-    """An object of these members and no others; all are required unless said otherwise."""
-    return {
+def _keys(required: bool) -> list[Schema]:
+    return [{name: []} for name in _SCHEMES] if required else []
+
+
+def _key_errors(required: bool) -> tuple[int, ...]:
+    """Without keys nobody lacks a scope; but a request that came by a proxy is still refused."""
+    return (401, 403, 503) if required else (401, 503)
+
+
+def _get(identity: str, summary: str, answer: Schema, errors: Schema, **more: Any) -> Schema:
+    return {"get": {"operationId": identity, "summary": summary, **more, "responses": {"200": answer, **errors}}}
+
+
+def _answer(
+    description: str, schema: Schema, media_type: str = _JSON, headers: Iterable[str] = ("X-Request-Id",)
+) -> Schema:
+    return {"description": description, "content": {media_type: {"schema": schema}}, "headers": _headers(*headers)}
+
+
+def _text_answer(whole: str, events: tuple[str, ...], terminated: bool = False) -> Schema:
+    """The text in one document, or as server-sent events whose data is one of ``events``, at last perhaps [DONE]."""
+    document = {
+        "type": "string",
+        "contentMediaType": _JSON,
+        "contentSchema": {"anyOf": [ref(event) for event in events]},
+    }
+    event = {
         "type": "object",
-        "properties": properties,
-        "required": sorted(properties if required is None else required),
-        "additionalProperties": False,
+        "description": 'each event of a stream, which "stream": true asks for',
+        "properties": {"data": {"anyOf": [{"const": "[DONE]"}, document]} if terminated else document},
+        "required": ["data"],
     }
+    headers = ("X-Request-Id", "RateLimit", "RateLimit-Policy")
+    answer = _answer("the text, whole or as server-sent events", ref(whole), headers=headers)
+    answer["content"][_EVENTS] = {"schema": event}
+    return answer
 
 
-def _nullable(schema: Schema) -> Schema:
-    return {**schema, "type": [schema["type"], "null"]}
-
-
-def _text(least: int = 0, most: int | None = None) -> Schema:
-    bounds = ({"minLength": least} if least else {}) | ({"maxLength": most} if most else {})
-    return {"type": "string", "pattern": _TEXT_PATTERN, **bounds}
-
-
-def _number(bounds: Number) -> Schema:
-    kind = "integer" if bounds.whole else "number"
+def _errors(statuses: Iterable[int], openai: bool = False) -> Schema:
     return {
-        "type": [kind, "null"],
-        "minimum": bounds.low,
-        "maximum": bounds.high,
-        "default": bounds.default,
+        str(status): {"$ref": f"#/components/responses/{_error_name(status, openai)}"}
+        for status in sorted(set(statuses))
     }
 
 
-def _schemas(settings: Settings) -> Schema:
-    largest = settings.largest_max_tokens
-    sampling = {name: _number(bounds) for name, bounds in SAMPLING.items()}
-    one_stop = _text(1, LONGEST_STOP)
-    stop = {"anyOf": [_nullable(one_stop), {"type": "array", "items": one_stop, "maxItems": MOST_STOPS}]}
-    switch = {"type": ["boolean", "null"], "default": False}
-    count = {"type": "integer", "minimum": 0}
-    amount = {"type": "number", "minimum": 0}
-    name = {"type": "string"}
-    finish = {"type": "string", "enum": ["stop", "length"]}
-    usage = _object({"prompt_tokens": count, "completion_tokens": count, "total_tokens": count})
+def _error_name(status: int, openai: bool) -> str:
+    return f"OpenAIError{status}" if openai else f"Error{status}"
 
-    def tokens(default: int) -> Schema:
-        return _number(Number(default, 1, largest, whole=True))
 
-    openai = {
-        "model": {**name, "description": "as GET /v1/models names it; any other is a 404"},
-        **sampling,
-        "stop": stop,
-        "stream": switch,
-        "user": _nullable(_text(most=LONGEST_USER)),
-    }
-    parts = {"type": "array", "items": _object({"type": {"const": "text"}, "text": _text(1)}), "minItems": 1}
-    message = _object({"role": {"type": "string", "enum": list(ROLES)}, "content": {"anyOf": [_text(1), parts]}})
-    head = {"id": name, "created": count, "model": name}
-    choice = {"index": count, "finish_reason": finish, "logprobs": {"type": "null"}}
-    reply = _object({"role": {"const": "assistant"}, "content": name, "refusal": {"type": "null"}})
-    model = _object({"id": name, "object": {"const": "model"}, "created": count, "owned_by": name})
-    use = _object({"name": name, "limit": count, "used": count, "reset_s": amount})
-    key = _object({"name": name, "tokens_today": count, "limits": {"type": "array", "items": use}})
+def _error(status: int, openai: bool) -> Schema:
+    """How an error looks on OpenAI's paths, or on all others."""
+    description, kinds = _ERRORS[status]
+    early = {500: ("internal",)}.get(status, ())
+    if status in _BEFORE_THE_PATH:
+        early = (describe_status(status, "").kind,)
+    content = {}
+    if problems := early if openai else (*kinds, *early):
+        types = {"enum": [f"urn:mini-llm:problem:{kind}" for kind in dict.fromkeys(problems)]}
+        content[MEDIA_TYPE] = {"schema": {**ref("Problem"), "properties": {"type": types, "status": {"const": status}}}}
+    if openai and kinds:
+        # OpenAI's clients are told 400 for what is 422 elsewhere.
+        codes = {"enum": [openai_code(kind) for kind in (*kinds, *(_ERRORS[422][1] if status == 400 else ()))]}
+        content[_JSON] = {"schema": {**ref("OpenAIError"), "properties": {"error": {"properties": {"code": codes}}}}}
+    headers = {401: ["WWW-Authenticate"], 429: ["Retry-After", "RateLimit", "RateLimit-Policy"], 503: ["Retry-After"]}
     return {
-        "GenerateRequest": _object(
-            {
-                "prompt": _text(1),
-                "system": _nullable(_text()),
-                "max_tokens": tokens(settings.default_max_tokens),
-                **sampling,
-                "stop": stop,
-                "stream": switch,
-            },
-            ("prompt",),
-        ),
-        "GenerateAnswer": _object(
-            {
-                "id": name,
-                "model": name,
-                "response": name,
-                "finish_reason": {"type": "string", "enum": ["stop", "length", "cancelled"]},
-                "usage": usage,
-                "timings": _object(
-                    {
-                        "queue_ms": amount,
-                        "prefill_ms": amount,
-                        "decode_ms": amount,
-                        "total_ms": amount,
-                        "tokens_per_second": amount,
-                    }
-                ),
-            }
-        ),
-        "ChatRequest": _object(
-            {
-                **openai,
-                "messages": {"type": "array", "items": message, "minItems": 1, "maxItems": MOST_MESSAGES},
-                **{one: tokens(largest) for one in CHAT_MAX_TOKENS},
-            },
-            ("model", "messages"),
-        )
-        | {"not": {"required": list(CHAT_MAX_TOKENS)}},
-        "ChatCompletion": _object(
-            {
-                **head,
-                "object": {"const": "chat.completion"},
-                "choices": {"type": "array", "items": _object({**choice, "message": reply})},
-                "usage": usage,
-            }
-        ),
-        "CompletionRequest": _object(
-            {
-                **openai,
-                "prompt": {"anyOf": [_text(1), {"type": "array", "items": _text(1), "minItems": 1, "maxItems": 1}]},
-                "max_tokens": tokens(COMPLETION_MAX_TOKENS),
-            },
-            ("model", "prompt"),
-        ),
-        "Completion": _object(
-            {
-                **head,
-                "object": {"const": "text_completion"},
-                "choices": {"type": "array", "items": _object({**choice, "text": name})},
-                "usage": usage,
-            }
-        ),
-        "Model": model,
-        "ModelList": _object({"object": {"const": "list"}, "data": {"type": "array", "items": model}}),
-        "Usage": _object({"keys": {"type": "array", "items": key}}),
-        "Health": _object({"status": {"const": "alive"}}),
-        "Ready": _object(
-            {
-                "status": name,
-                "running": count,
-                "waiting": count,
-                "predicted_wait_s": amount,
-                "tokens_per_second": {"type": ["number", "null"]},
-                "reason": name,
-            },
-            ("status", "running", "waiting", "predicted_wait_s", "tokens_per_second"),
-        ),
-        "Version": _object(
-            {
-                "service": name,
-                "version": name,
-                "keys_required": {"type": "boolean"},
-                "engine": {"type": ["object", "null"]},
-                "model": {"type": ["object", "null"]},
-            }
-        ),
-        "Problem": {
-            "type": "object",
-            "description": "RFC 9457; some kinds have further members, such as field and bound",
-            "properties": {"type": name, "title": name, "status": count, "detail": name, "id": name},
-            "required": ["detail", "id", "status", "title", "type"],
+        "description": description,
+        "content": content,
+        "headers": {
+            # What is refused before the path is known has no id in its headers.
+            "X-Request-Id": {**_HEADERS["X-Request-Id"], "required": status not in _EVERYWHERE},
+            **_headers(*headers.get(status, ())),
         },
-        "OpenAIError": _object(
-            {
-                "error": _object(
-                    {"message": name, "type": name, "param": {"type": ["string", "null"]}, "code": name}
-                )
-            }
-        ),
     }
+
+
+def _headers(*names: str) -> Schema:
+    return {name: {"$ref": f"#/components/headers/{name}"} for name in names}

@@ -75,9 +75,14 @@ class Problem:
             "message": self.detail,
             "type": kind,
             "param": self.more.get("field"),
-            "code": _OPENAI_CODES.get(self.kind, self.kind.replace("-", "_")),
+            "code": openai_code(self.kind),
         }
         return json.dumps({"error": error}).encode()
+
+
+def openai_code(kind: str) -> str:
+    """The ``code`` of OpenAI's error for a kind of problem."""
+    return _OPENAI_CODES.get(kind, kind.replace("-", "_"))
 
 
 def describe_error(error: Exception) -> Problem:
@@ -127,4 +132,6 @@ def describe_error(error: Exception) -> Problem:
 def describe_status(status: int, detail: str) -> Problem:
     """The problem of a plain HTTP error that is found before or beside the resources (404, 405, 408 …)."""
     phrase = HTTPStatus(status).phrase
-    return Problem(status, phrase.lower().replace(" ", "-"), detail or phrase, {})
+    # Python 3.13 has another phrase for 414 than 3.11; a kind stays what it is.
+    kind = "uri-too-long" if status == 414 else phrase.lower().replace(" ", "-")
+    return Problem(status, kind, detail or phrase, {})

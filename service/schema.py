@@ -44,7 +44,7 @@ UNSUPPORTED = {
     "suffix": Unsupported("the engine writes at the end only", ("",)),
     "echo": Unsupported("the prompt is not repeated in the answer", (False,)),
 }
-_UNSUPPORTED_BY_GENERATE = {
+UNSUPPORTED_BY_GENERATE = {
     **UNSUPPORTED,
     "model": Unsupported("there is one model; GET /version names it"),
     "messages": Unsupported("POST /generate takes one prompt and one system text; use POST /v1/chat/completions"),
@@ -218,7 +218,7 @@ def parse_generate(document: dict[str, Any], bounds: TokenBounds) -> GenerateReq
     Raises RequestMalformed (400) for a missing or mistyped field, FieldUnsupported (400) for what the engine cannot
     honour, FieldOutOfBounds (422) for a value outside its bounds.
     """
-    refuse_unknown(document, _FIELDS, _UNSUPPORTED_BY_GENERATE)
+    refuse_unknown(document, _FIELDS, UNSUPPORTED_BY_GENERATE)
     prompt = parse_text(document, "prompt")
     if prompt is None:
         raise RequestMalformed("prompt: is missing")

@@ -8,7 +8,7 @@ import falcon
 _FOLDER = Path(__file__).parents[1] / "page"
 
 # Each path with its file and media type; the page names its parts relative to itself, so that a proxy may move it.
-_FILES = {
+FILES = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/page.js": ("page.js", "text/javascript; charset=utf-8"),
     "/page.css": ("page.css", "text/css; charset=utf-8"),
@@ -63,5 +63,5 @@ class PageResource:
 
 def add_page(app: falcon.App) -> None:
     """Adds the page's routes."""
-    for path, (file, media_type) in _FILES.items():
+    for path, (file, media_type) in FILES.items():
         app.add_route(path, PageResource(file, media_type))
