@@ -3,6 +3,7 @@
 Framework-free: the resources translate what comes out of here into HTTP.
 """
 
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -88,6 +89,7 @@ class Generator:
         self.metrics, self.settings = metrics, settings
         self.cancel_all = False  # set when the drain's limit is over
         self.running: set[Generation] = set()
+        self._counting: dict[str, threading.Lock] = {}  # by owner: counting goes from one to the next, as turns do
         self.started_at = int(time.time())  # seconds since the epoch
 
     @property
@@ -108,7 +110,7 @@ class Generator:
         try:
             ticket = self._admit(caller)
             try:
-                account.prompt_tokens = self._count(request, deadline_s, client.gone)
+                account.prompt_tokens = self._count(request, deadline_s, client.gone, caller.identity)
                 account.max_tokens = self._fit(request, account.prompt_tokens, lease)
                 lease.reserve(account.max_tokens)
                 ticket.declare(Work(account.prompt_tokens, account.max_tokens), deadline_s)
@@ -143,26 +145,40 @@ class Generator:
             raise Unavailable("loading", state.reason, 2.0)
         return self.scheduler.admit(caller.identity, caller.address_identity)
 
-    def _count(self, request: GenerateRequest, deadline_s: float | None, gone: Callable[[], bool]) -> int:
+    def _count(
+        self, request: GenerateRequest, deadline_s: float | None, gone: Callable[[], bool], owner: str
+    ) -> int:
         """Counts, through restarts of the engine if there are any: another request's crash is not this one's.
 
         Only a prompt that the engine had in its hands twice when it died is held to be the cause.
         """
         longest_s = self.settings.queue_wait_s
         limit_s = time.monotonic() + (longest_s if deadline_s is None else min(longest_s, deadline_s))
-        deaths = 0
-        while True:
-            while not self.engine.wait_ready(_TICK_S):
-                if self.engine.state.phase in ("failed", "stopped") or time.monotonic() > limit_s:
-                    raise Unavailable("loading", self.engine.state.reason, 5.0)
-                if gone():
-                    raise Unavailable("client_left", "the client has left", 1.0)
-            try:
-                return self.engine.count_tokens(request.messages)
-            except EngineLost as error:
-                deaths += error.begun
-                if deaths == 2:
-                    raise
+
+        def look_after_request(reason: str, message: str) -> None:
+            if time.monotonic() > limit_s:
+                raise Unavailable(reason, message, 5.0)
+            if gone():
+                raise Unavailable("client_left", "the client has left", 1.0)
+
+        counting = self._counting.setdefault(owner, threading.Lock())
+        while not counting.acquire(timeout=_TICK_S):
+            look_after_request("queue_timeout", "other prompts of the same key are still being counted")
+        try:
+            deaths = 0
+            while True:
+                while not self.engine.wait_ready(_TICK_S):
+                    if self.engine.state.phase in ("failed", "stopped"):
+                        raise Unavailable("loading", self.engine.state.reason, 5.0)
+                    look_after_request("loading", self.engine.state.reason)
+                try:
+                    return self.engine.count_tokens(request.messages)
+                except EngineLost as error:
+                    deaths += error.begun
+                    if deaths == 2:
+                        raise
+        finally:
+            counting.release()
 
     def _fit(self, request: GenerateRequest, prompt_tokens: int, lease: Lease) -> int:
         description = self.engine.describe()

@@ -104,6 +104,7 @@ class Ticket:
     def declare(self, work: Work, deadline_s: float | None) -> None:
         """Tells what the request will cost and by when, counted from its admission, it must be done.
 
+        Only now can it get its turn: one that is still being counted must not hold a slot idle.
         Raises Unavailable at once if the deadline will not be met as far as the measured speed tells. Without a recent
         measurement nobody is refused: it could never be corrected.
         """
@@ -146,28 +147,26 @@ class Scheduler:
         with self._lock:
             if self._draining:
                 raise Unavailable("draining", "the service is draining; ask another node", 1.0)
-            if len(self._running) >= self._slots:
-                self._check_place(owner)
+            self._check_place(owner)
             ticket = Ticket(self, owner, address)
             self._waiting.append(ticket)
-            self._promote()
             return ticket
 
     def declare(self, ticket: Ticket, work: Work, deadline_s: float | None) -> None:
         """See ``Ticket.declare``."""
         with self._lock:
+            if deadline_s is not None and self.speed.is_known():
+                ahead_s = self._predict_start_s(ticket)
+                done_s = ahead_s + self.speed.longest_s(work)
+                if done_s > deadline_s:
+                    raise Unavailable(
+                        "deadline",
+                        f"the deadline is in {deadline_s:.1f} s, but the answer would be ready in about {done_s:.1f} s "
+                        f"(of which {ahead_s:.1f} s of waiting)",
+                        max(1.0, ahead_s),
+                    )
             ticket.work = work
-            if deadline_s is None or not self.speed.is_known():
-                return
-            ahead_s = self._predict_start_s(ticket)
-        done_s = ahead_s + self.speed.longest_s(work)
-        if done_s > deadline_s:
-            raise Unavailable(
-                "deadline",
-                f"the deadline is in {deadline_s:.1f} s, but the answer would be ready in about {done_s:.1f} s "
-                f"(of which {ahead_s:.1f} s of waiting)",
-                max(1.0, ahead_s),
-            )
+            self._promote()
 
     def release(self, ticket: Ticket) -> None:
         """See ``Ticket.release``."""
@@ -219,9 +218,9 @@ class Scheduler:
         return min(ends_s, default=0.0)
 
     def _check_place(self, owner: str) -> None:
-        waiting = len(self._waiting)
+        waiting = len(self._running) + len(self._waiting) - self._slots
         kept = self._kept_places if any(ticket.owner == owner for ticket in self._waiting) else 0
-        if waiting < self._queue_size - kept:
+        if waiting < 0 or waiting < self._queue_size - kept:
             return
         wait_s = self._predict_place_s()
         places = "" if waiting >= self._queue_size else ", and the last places are for those who have none waiting"
@@ -233,9 +232,9 @@ class Scheduler:
 
     def _promote(self) -> None:
         """The owner with the fewest running goes next, of these the one whose last turn is longest ago."""
-        while self._waiting and len(self._running) < self._slots:
+        while len(self._running) < self._slots and (ready := [one for one in self._waiting if one.work is not None]):
             held = Counter(ticket.owner for ticket in self._running)
-            ticket = min(self._waiting, key=lambda one: (held[one.owner], self._last_turn.get(one.owner, 0)))
+            ticket = min(ready, key=lambda one: (held[one.owner], self._last_turn.get(one.owner, 0)))
             self._waiting.remove(ticket)
             self._turns += 1
             self._last_turn[ticket.owner] = self._turns

@@ -24,7 +24,7 @@ from typing import Literal
 
 from service.engine.interface import Completion, Description, GenerationRequest, Message, Piece
 from service.engine.line import Line, line_pair
-from service.errors import EngineFailed, EngineLost, RequestMalformed
+from service.errors import EngineFailed, EngineLost, RequestMalformed, Unavailable
 from service.settings import Settings
 
 Phase = Literal["starting", "verifying", "loading", "checking", "ready", "restarting", "failed", "stopped"]
@@ -190,11 +190,12 @@ class EngineProcess:
             return self._state
 
     def count_tokens(self, messages: Sequence[Message], timeout_s: float = 10.0) -> int:
-        """Exact prompt tokens. Raises RequestMalformed, EngineLost or EngineFailed."""
+        """Exact prompt tokens. Raises RequestMalformed, Unavailable, EngineLost or EngineFailed."""
         life = self._ready_life()
         assert life.counting is not None
         if not life.counting_lock.acquire(timeout=2 * timeout_s):
-            raise self.lost(life, "the engine does not count any more", begun=False)
+            # Whoever counts has a time limit of its own; so many large prompts are no reason to end the engine.
+            raise Unavailable("queue_timeout", "the engine is counting other prompts", 2.0)
         over_before = life.over
         try:
             life.counting.send(type="count", messages=[asdict(message) for message in messages])

@@ -153,9 +153,9 @@ def test_wrong_key(keyed: Service, key: str) -> None:
         assert key[:-1] not in str(caught.value.body)
         with pytest.raises(openai.AuthenticationError):
             client.completions.create(model=MODEL, prompt="x", stream=True)
-    with connect(keyed, keyed.keys("add", "scraper", "--scope", "metrics")) as client:
-        with pytest.raises(openai.PermissionDeniedError):
-            client.models.list()
+    scraper = keyed.keys("add", "scraper", "--scope", "metrics")
+    with connect(keyed, scraper) as client, pytest.raises(openai.PermissionDeniedError):
+        client.models.list()
 
 
 def test_failures_on_the_way() -> None:
@@ -172,9 +172,13 @@ def test_failures_on_the_way() -> None:
             ask("fail")
         assert caught.value.type == "server_error"
         texts = []
-        with pytest.raises(openai.APIError, match="engine failed"):
+
+        def read() -> None:
             for chunk in ask("abort-at 3", stream=True, max_tokens=10):
                 texts.append(chunk.choices[0].delta.content or "")
+
+        with pytest.raises(openai.APIError, match="engine failed"):
+            read()
         assert "".join(texts) == "word word word"
         service.wait_phase("ready")
         with pytest.raises(openai.InternalServerError) as caught:

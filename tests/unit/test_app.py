@@ -449,6 +449,35 @@ def test_counters_that_fail_cost_no_answer(tmp_path: Path, monkeypatch: pytest.M
     assert bench.scheduler.counts() == (0, 0)
 
 
+def test_large_prompts_of_one_key_hold_up_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a key's prompt is being counted its next one waits; another key's is counted and answered meanwhile."""
+    bench, greedy = keyed_bench(tmp_path, queue_size=4)
+    other = {"Authorization": f"Bearer {add_key(tmp_path / 'keys.json', 'other')}"}
+    count, free, counted = bench.engine.count_tokens, threading.Event(), []
+
+    def count_slowly(messages: Any) -> int:
+        counted.append(messages[0].content)
+        if messages[0].content == "large":
+            assert free.wait(10)
+        return count(messages)
+
+    monkeypatch.setattr(bench.engine, "count_tokens", count_slowly)
+    results: list[int] = []
+    threads = [
+        threading.Thread(target=lambda: results.append(bench.post({"prompt": "large"}, headers=greedy).status_code))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: bench.scheduler.counts() == (0, 2) and counted == ["large"])
+    assert bench.post({"prompt": "say x"}, headers=other).status_code == 200
+    assert counted == ["large", "say x"]
+    free.set()
+    for thread in threads:
+        thread.join()
+    assert results == [200, 200]
+
+
 def test_limits_over_http(tmp_path: Path) -> None:
     """Headers tell what is left on every answer; a 429 tells when to come again, in both shapes."""
     bench, headers = keyed_bench(tmp_path, limits=Limits(requests_per_minute=2, tokens_per_day=50))

@@ -14,6 +14,13 @@ class Clock:
         return self.now_s
 
 
+def enter(scheduler: Scheduler, owner: str = "", address: str = "") -> Ticket:
+    """A request that is admitted and counted."""
+    ticket = scheduler.admit(owner, address)
+    ticket.declare(Work(0, 0), None)
+    return ticket
+
+
 def learned(scheduler: Scheduler, decode_tokens_per_s: float = 10.0) -> Scheduler:
     """A scheduler that has seen many full-length generations at that speed, with a prefill of 100 tokens/s."""
     for _ in range(50):
@@ -25,10 +32,10 @@ def test_nobody_is_refused_on_a_guess() -> None:
     """Before anything was measured, and when the newest measurement is old, a deadline is no reason to refuse."""
     clock = Clock()
     scheduler = Scheduler(queue_size=3, clock=clock)
-    ticket = scheduler.admit()
+    ticket = enter(scheduler)
     ticket.declare(Work(1000, 4096), 0.001)
     ticket.release()
-    ticket = learned(scheduler).admit()
+    ticket = enter(learned(scheduler))
     with pytest.raises(Unavailable):
         ticket.declare(Work(0, 100), 5)
     clock.now_s += 120
@@ -38,7 +45,7 @@ def test_nobody_is_refused_on_a_guess() -> None:
 def test_turns_go_in_order_of_arrival() -> None:
     """One slot: the first runs at once, the others in order as the slot is released."""
     scheduler = Scheduler(queue_size=2)
-    first, second, third = (scheduler.admit() for _ in range(3))
+    first, second, third = (enter(scheduler) for _ in range(3))
     assert [ticket.wait_turn(0) for ticket in (first, second, third)] == [True, False, False]
     first.release()
     assert [ticket.wait_turn(0) for ticket in (second, third)] == [True, False]
@@ -48,21 +55,21 @@ def test_slots_are_not_assumed_to_be_one() -> None:
     """An engine with three slots has three running at once."""
     scheduler = Scheduler(queue_size=1)
     scheduler.set_slots(3)
-    tickets = [scheduler.admit() for _ in range(4)]
+    tickets = [enter(scheduler) for _ in range(4)]
     assert [ticket.wait_turn(0) for ticket in tickets] == [True, True, True, False]
     with pytest.raises(Unavailable):
-        scheduler.admit()
+        enter(scheduler)
 
 
 def test_full_queue_tells_when_a_place_is_free() -> None:
     """Refused with the time that the running request still needs, less what has passed."""
     clock = Clock()
     scheduler = learned(Scheduler(queue_size=1, clock=clock))
-    scheduler.admit().declare(Work(0, 100), None)
-    scheduler.admit().declare(Work(0, 100), None)
+    enter(scheduler).declare(Work(0, 100), None)
+    enter(scheduler).declare(Work(0, 100), None)
     clock.now_s += 4
     with pytest.raises(Unavailable) as caught:
-        scheduler.admit()
+        enter(scheduler)
     assert caught.value.reason == "queue_full"
     assert caught.value.retry_after_s == pytest.approx(6, abs=0.1)
 
@@ -71,8 +78,8 @@ def test_deadline_counts_the_work_ahead() -> None:
     """A deadline is refused when waiting, prefill and all tokens together take longer."""
     clock = Clock()
     scheduler = learned(Scheduler(queue_size=3, clock=clock))
-    scheduler.admit().declare(Work(100, 40), None)  # 1 + 4 s
-    ticket = scheduler.admit()
+    enter(scheduler).declare(Work(100, 40), None)  # 1 + 4 s
+    ticket = enter(scheduler)
     with pytest.raises(Unavailable) as caught:
         ticket.declare(Work(100, 20), 7.9)  # 5 s ahead + 1 + 2 s
     assert caught.value.reason == "deadline"
@@ -85,14 +92,14 @@ def test_predictions_learn_how_much_is_used() -> None:
     scheduler = Scheduler(queue_size=3, clock=Clock())
     for _ in range(50):
         scheduler.speed.learn(100, 1.0, 10, 1.0, 100)
-    scheduler.admit().declare(Work(0, 100), None)
+    enter(scheduler).declare(Work(0, 100), None)
     assert scheduler.predicted_wait_s() == pytest.approx(1.0, abs=0.1)
 
 
 def test_release_is_idempotent_and_works_from_the_queue() -> None:
     """A waiting ticket can leave, and a double release frees nothing twice."""
     scheduler = Scheduler(queue_size=2)
-    first, second, third = (scheduler.admit() for _ in range(3))
+    first, second, third = (enter(scheduler) for _ in range(3))
     second.release()
     second.release()
     assert scheduler.counts() == (1, 1)
@@ -105,10 +112,10 @@ def test_release_is_idempotent_and_works_from_the_queue() -> None:
 def test_drain_admits_nothing_and_waits_for_all() -> None:
     """Draining refuses newcomers while the admitted go on; it is idle once they have left."""
     scheduler = Scheduler(queue_size=2)
-    first, second = scheduler.admit(), scheduler.admit()
+    first, second = enter(scheduler), enter(scheduler)
     scheduler.drain()
     with pytest.raises(Unavailable) as caught:
-        scheduler.admit()
+        enter(scheduler)
     assert caught.value.reason == "draining"
     first.release()
     assert second.wait_turn(0)
@@ -132,8 +139,8 @@ def run_all(scheduler: Scheduler, tickets: list[Ticket]) -> list[str]:
 def test_turns_go_between_owners() -> None:
     """An owner with many waiting delays another's first by at most the one that runs; then they take turns."""
     scheduler = Scheduler(queue_size=60)
-    tickets = [scheduler.admit("greedy") for _ in range(6)]
-    tickets += [scheduler.admit("late"), scheduler.admit("later"), scheduler.admit("late")]
+    tickets = [enter(scheduler, "greedy") for _ in range(6)]
+    tickets += [enter(scheduler, "late"), enter(scheduler, "later"), enter(scheduler, "late")]
     assert run_all(scheduler, tickets) == [
         *("greedy", "late", "later", "greedy", "late"),
         *("greedy", "greedy", "greedy", "greedy"),
@@ -143,9 +150,9 @@ def test_turns_go_between_owners() -> None:
 def test_owner_who_comes_again_at_once_does_not_overtake() -> None:
     """Whoever has had a turn goes behind those who wait, however fast the next request is there."""
     scheduler = Scheduler(queue_size=60)
-    first, other, third = scheduler.admit("fast"), scheduler.admit("slow"), scheduler.admit("slow")
+    first, other, third = enter(scheduler, "fast"), enter(scheduler, "slow"), enter(scheduler, "slow")
     first.release()
-    again = scheduler.admit("fast")
+    again = enter(scheduler, "fast")
     assert other.turn.is_set()
     other.release()
     assert again.turn.is_set()
@@ -156,8 +163,8 @@ def test_slots_are_shared_between_owners() -> None:
     """With two slots, one owner gets the second only while nobody else waits for it."""
     scheduler = Scheduler(queue_size=60)
     scheduler.set_slots(2)
-    first, second, third = (scheduler.admit("greedy") for _ in range(3))
-    other = scheduler.admit("other")
+    first, second, third = (enter(scheduler, "greedy") for _ in range(3))
+    other = enter(scheduler, "other")
     first.release()
     assert other.turn.is_set()
     assert not third.turn.is_set()
@@ -169,15 +176,15 @@ def test_last_places_are_for_owners_without_any() -> None:
     """A quarter of the queue is kept: who fills the rest is refused, another's first request is taken."""
     scheduler = Scheduler(queue_size=8)
     for _ in range(1 + 6):
-        scheduler.admit("greedy")
+        enter(scheduler, "greedy")
     with pytest.raises(Unavailable, match="last places"):
-        scheduler.admit("greedy")
-    scheduler.admit("other")
+        enter(scheduler, "greedy")
+    enter(scheduler, "other")
     with pytest.raises(Unavailable):
-        scheduler.admit("other")
-    scheduler.admit("third")
+        enter(scheduler, "other")
+    enter(scheduler, "third")
     with pytest.raises(Unavailable) as caught:
-        scheduler.admit("fourth")
+        enter(scheduler, "fourth")
     assert "last places" not in str(caught.value)
 
 
@@ -185,11 +192,11 @@ def test_predictions_know_the_order_of_turns() -> None:
     """A newcomer's wait is the running request; the greedy owner's next waits for the newcomer too."""
     clock = Clock()
     scheduler = learned(Scheduler(queue_size=60, clock=clock))
-    tickets = [scheduler.admit("greedy", "here") for _ in range(4)]
+    tickets = [enter(scheduler, "greedy", "here") for _ in range(4)]
     for ticket in tickets:
         ticket.declare(Work(0, 100), None)  # 10 s each
     assert scheduler.predicted_wait_s() == pytest.approx(10, abs=0.1)
-    late = scheduler.admit("late", "there")
+    late = enter(scheduler, "late", "there")
     late.declare(Work(0, 50), 15.5)
     with pytest.raises(Unavailable):
         late.declare(Work(0, 50), 14.5)
@@ -206,5 +213,20 @@ def test_owners_who_have_left_are_forgotten() -> None:
     """What is remembered of owners does not grow with their number."""
     scheduler = Scheduler(queue_size=60)
     for number in range(1000):
-        scheduler.admit(f"owner {number}").release()
+        enter(scheduler, f"owner {number}").release()
     assert not scheduler._last_turn
+
+
+def test_request_that_is_being_counted_holds_no_slot() -> None:
+    """Admitted and not yet counted, a request has its place; the slot goes to whoever is ready for it."""
+    scheduler = Scheduler(queue_size=1)
+    large = scheduler.admit("greedy")
+    assert not large.turn.is_set()
+    small = enter(scheduler, "other")
+    assert small.turn.is_set()
+    with pytest.raises(Unavailable):
+        scheduler.admit("third")
+    large.declare(Work(1000, 1), None)
+    assert not large.turn.is_set()
+    small.release()
+    assert large.turn.is_set()
