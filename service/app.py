@@ -20,10 +20,11 @@ from service.errors import (
 )
 from service.generation import Generator
 from service.limits import Limiter, render_headers
+from service.openai_schema import parse_chat, parse_completion
 from service.openapi import OpenApiResource
 from service.resources.answering import Answerer
 from service.resources.generate import GenerateResource
-from service.resources.openai import ChatCompletionsResource, CompletionsResource, ModelResource, ModelsResource
+from service.resources.openai import ChatShape, CompletionShape, ModelResource, ModelsResource, TextResource
 from service.resources.page import add_page
 from service.resources.status import HealthResource, MetricsResource, ReadyResource, UsageResource, VersionResource
 
@@ -95,8 +96,8 @@ def create_app(generator: Generator, access: Access, audit: AuditLog, log: Log) 
     answerer = Answerer(generator, audit, log)
     add_page(app)
     app.add_route("/generate", GenerateResource(answerer))
-    app.add_route("/v1/chat/completions", ChatCompletionsResource(answerer))
-    app.add_route("/v1/completions", CompletionsResource(answerer))
+    app.add_route("/v1/chat/completions", TextResource(answerer, parse_chat, ChatShape))
+    app.add_route("/v1/completions", TextResource(answerer, parse_completion, CompletionShape))
     app.add_route("/v1/models", ModelsResource(generator))
     app.add_route("/v1/models/{model:path}", ModelResource(generator))
     app.add_route("/usage", UsageResource(generator.limiter, access))

@@ -192,6 +192,7 @@ class WebWorker(ThreadWorker):
             self._note_bad_request(request_id, 408, "Timeout")
             document = problem.body(request_id)
             headers = [("Content-Type", problems.MEDIA_TYPE), ("Content-Length", str(len(document)))]
+            headers.append(("X-Request-Id", request_id))
             start_response("408 Request Timeout", headers)
             return [document]
         if len(body) > self.body_limit_bytes:
@@ -222,6 +223,7 @@ def _render(problem: problems.Problem, request_id: str) -> bytes:
     document = problem.body(request_id)
     head = (
         f"HTTP/1.1 {problem.status} {json.loads(document)['title']}\r\nConnection: close\r\n"
-        f"Content-Type: {problems.MEDIA_TYPE}\r\nContent-Length: {len(document)}\r\n\r\n"
+        f"Content-Type: {problems.MEDIA_TYPE}\r\nContent-Length: {len(document)}\r\n"
+        f"X-Request-Id: {request_id}\r\n\r\n"
     )
     return head.encode() + document

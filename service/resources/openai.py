@@ -1,7 +1,7 @@
 """Owns OpenAI's paths under ``/v1``: chat completions, completions and models, in that API's shapes."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import falcon
@@ -9,41 +9,30 @@ import falcon
 from service import accounts, problems
 from service.errors import AnswerCancelled, Unavailable
 from service.generation import Generation, Generator
-from service.openai_schema import OpenAIRequest, check_model, parse_chat, parse_completion
+from service.openai_schema import OpenAIRequest, check_model
 from service.resources.answering import Answerer
 
 
-class ChatCompletionsResource:
-    """``POST /v1/chat/completions``."""
+class TextResource:
+    """``POST /v1/chat/completions`` and ``/v1/completions``: the same but for the body and the shape of the answer."""
 
     scope, counted = "generate", True
 
-    def __init__(self, answerer: Answerer):
-        self._answerer = answerer
+    def __init__(
+        self,
+        answerer: Answerer,
+        parse: Callable[[dict[str, Any], str, int], OpenAIRequest],
+        shape: "type[ChatShape | CompletionShape]",
+    ):
+        self._answerer, self._parse, self._shape = answerer, parse, shape
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         generator = self._answerer.generator
         model = _loaded_model(generator)
-        request = parse_chat(self._answerer.read(req), model, generator.settings.largest_max_tokens)
-        _tell_user(req, request)
-        shape = _ChatShape(f"chatcmpl-{req.env[accounts.REQUEST_ID]}", model, request.include_usage)
-        self._answerer.answer(req, resp, request.generate, shape)
-
-
-class CompletionsResource:
-    """``POST /v1/completions``."""
-
-    scope, counted = "generate", True
-
-    def __init__(self, answerer: Answerer):
-        self._answerer = answerer
-
-    def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
-        generator = self._answerer.generator
-        model = _loaded_model(generator)
-        request = parse_completion(self._answerer.read(req), model, generator.settings.largest_max_tokens)
-        _tell_user(req, request)
-        shape = _CompletionShape(f"cmpl-{req.env[accounts.REQUEST_ID]}", model, request.include_usage)
+        request = self._parse(self._answerer.read(req), model, generator.settings.largest_max_tokens)
+        if request.user is not None:
+            req.env[accounts.FACTS]["user"] = request.user
+        shape = self._shape(req.env[accounts.REQUEST_ID], model, request.include_usage)
         self._answerer.answer(req, resp, request.generate, shape)
 
 
@@ -88,20 +77,15 @@ def _describe_model(generator: Generator) -> dict[str, Any]:
     }
 
 
-def _tell_user(req: falcon.Request, request: OpenAIRequest) -> None:
-    if request.user is not None:
-        req.env[accounts.FACTS]["user"] = request.user
-
-
 class _OpenAIShape:
     """What chat and plain completions have in common: a subclass says where the text goes."""
 
     terminator = b"data: [DONE]\n\n"
-    whole_object = stream_object = ""
+    id_prefix = whole_object = stream_object = ""
 
-    def __init__(self, identity: str, model: str, include_usage: bool):
+    def __init__(self, request_id: str, model: str, include_usage: bool):
         self._include_usage = include_usage
-        self._head = {"id": identity, "created": int(time.time()), "model": model}
+        self._head = {"id": f"{self.id_prefix}-{request_id}", "created": int(time.time()), "model": model}
 
     def whole_choice(self, text: str) -> dict[str, Any]:
         raise NotImplementedError
@@ -140,7 +124,10 @@ class _OpenAIShape:
         return {**self._head, "object": self.stream_object, "choices": [entry], **usage}
 
 
-class _ChatShape(_OpenAIShape):
+class ChatShape(_OpenAIShape):
+    """The text is the message of an assistant."""
+
+    id_prefix = "chatcmpl"
     whole_object, stream_object = "chat.completion", "chat.completion.chunk"
 
     def whole_choice(self, text: str) -> dict[str, Any]:
@@ -153,7 +140,10 @@ class _ChatShape(_OpenAIShape):
         return (self._chunk({"delta": {"role": "assistant", "content": ""}}),)
 
 
-class _CompletionShape(_OpenAIShape):
+class CompletionShape(_OpenAIShape):
+    """The text stands by itself."""
+
+    id_prefix = "cmpl"
     whole_object = stream_object = "text_completion"
 
     def whole_choice(self, text: str) -> dict[str, Any]:
