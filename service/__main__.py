@@ -18,7 +18,7 @@ from service.audit import AuditLog
 from service.audit_verify import describe_report, last_link, verify
 from service.control import ask_to_drain
 from service.engine.process import EngineProcess, engine_settings
-from service.errors import AuditUnwritable, ServiceError, SettingsInvalid
+from service.errors import ServiceError, SettingsInvalid
 from service.golden import find_golden, golden_path
 from service.keys import (
     NAME_RULE,
@@ -45,6 +45,7 @@ from service.settings import (
 )
 
 _ROOT = Path(__file__).resolve().parents[1]
+_READING = ("audit", "drain")  # commands that need no folder to write to
 
 
 class PortTaken(ServiceError):
@@ -150,6 +151,8 @@ def _make_first_key(settings: Settings) -> None:
     path = settings.keys_file
     if path.exists() and read_keys(path):
         return
+    if not sys.stderr.isatty():  # a journal or a file would keep it
+        raise KeyRefused("there are no keys yet; make one with: python -m service keys add NAME")
     secret = _add_key(settings, "first", frozenset(SCOPES), None, Limits())
     _say(f"A first key was made; it is shown only now. Its scopes: {', '.join(SCOPES)}.\n\n  export LLM_KEY={secret}\n")
 
@@ -163,7 +166,7 @@ def _add_key(
             until = None if expires is None else expires.isoformat(timespec="seconds")
             try:
                 audit.write("key-added", key=name, scopes=sorted(scopes), expires=until, limits=_known(limits))
-            except AuditUnwritable:
+            except BaseException:
                 revoke_key(settings.keys_file, name)  # there is no key that the log does not know of
                 raise
     except ValueError as error:
@@ -190,12 +193,13 @@ def change_keys(settings: Settings, options: argparse.Namespace) -> None:
             print(secret)
         case "revoke":
             try:
-                with closing(_audit(settings)) as audit:
-                    key = revoke_key(settings.keys_file, options.name)
-                    audit.write("key-revoked", key=key.name)
+                key = revoke_key(settings.keys_file, options.name)
             except ValueError as error:
                 raise KeyRefused(str(error)) from error
             _say(f"The key {key.name} is revoked; a running service refuses it from now on.")
+            # Last, because a log that cannot be written must keep nobody from locking a thief out.
+            with closing(_audit(settings)) as audit:
+                audit.write("key-revoked", key=key.name)
         case "list":
             keys = [describe_key(key) for key in (read_keys(settings.keys_file) if settings.keys_file.exists() else ())]
             if options.json:
@@ -234,7 +238,8 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("record", help="record the model's golden answer (once a model)")
     commands.add_parser("fetch", help="fetch the model without serving")
     drain = commands.add_parser("drain", help="take no more requests and wait for those accepted")
-    drain.add_argument("--limit", type=parse_number(0, 3600), metavar="SECONDS", help="cancel what is left then")
+    seconds = _argument(parse_number(0, 3600))
+    drain.add_argument("--limit", type=seconds, metavar="SECONDS", help="cancel what is left then")
     _add_keys_commands(commands.add_parser("keys", help="add, list and revoke keys; a running service sees it at once"))
     _add_audit_commands(commands.add_parser("audit", help="verify the audit log"))
     return parser
@@ -283,7 +288,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         settings = read_settings()
-        check_folders(settings)
+        if options.command not in _READING and getattr(options, "keys_command", None) != "list":
+            check_folders(settings)
         match options.command:
             case "serve":
                 serve(settings)

@@ -1,6 +1,7 @@
 """Owns who a request comes from: its address as far as proxies are trusted, its key, and whether its scopes suffice."""
 
 import ipaddress
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,15 +15,16 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 # Headers by which proxies make themselves known. A client can forge them, and gains nothing: their presence only ever
 # takes a privilege away, and their content counts from the trusted proxies alone.
-_PROXY_HEADERS = (
-    "HTTP_X_FORWARDED_FOR",
-    "HTTP_FORWARDED",
-    "HTTP_X_REAL_IP",
-    "HTTP_X_FORWARDED_HOST",
-    "HTTP_X_FORWARDED_PROTO",
-    "HTTP_VIA",
+_PROXY_PREFIX = "HTTP_X_FORWARDED_"
+_PROXY_HEADERS = frozenset(
+    f"HTTP_{name}"
+    for name in (
+        *("FORWARDED", "VIA", "X_REAL_IP", "X_CLIENT_IP", "X_CLUSTER_CLIENT_IP", "X_ORIGINAL_FORWARDED_FOR"),
+        *("X_ENVOY_EXTERNAL_ADDRESS", "TRUE_CLIENT_IP", "CF_CONNECTING_IP", "FASTLY_CLIENT_IP", "CDN_LOOP"),
+    )
 )
 _LOOPBACK_NAMES = ("localhost", "localhost.localdomain", "ip6-localhost")
+_HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9.-]+))(?::[0-9]{1,5})?", re.ASCII)
 _MOST_HOPS = 32
 
 
@@ -101,17 +103,24 @@ def is_direct(environ: Mapping[str, Any]) -> bool:
     """Whether a request came from this machine itself, and by no proxy.
 
     The Host must name loopback too: a page of somebody's whose name was made to point here (DNS rebinding) would
-    otherwise pass for a local program, and a proxy that hides itself mostly keeps the name it was asked for.
+    otherwise pass for a local program. So must the Origin of a browser's request, which has to be this service's own
+    page. HTTP/1.0 is what older proxies speak unless told otherwise. A proxy that hides itself altogether cannot be
+    told from a local program.
     """
     peer = _parse_address(environ.get("REMOTE_ADDR") or "")
-    if peer is None or not peer.is_loopback or any(header in environ for header in _PROXY_HEADERS):
+    if peer is None or not peer.is_loopback or environ.get("SERVER_PROTOCOL") == "HTTP/1.0":
+        return False
+    if any(name in _PROXY_HEADERS or name.startswith(_PROXY_PREFIX) for name in environ):
         return False
     host = environ.get("HTTP_HOST", "").strip().lower()
-    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
-    if name in _LOOPBACK_NAMES:
-        return True
+    parsed = _HOST.fullmatch(host)
+    if parsed is None or environ.get("HTTP_SEC_FETCH_SITE", "none") not in ("none", "same-origin"):
+        return False
+    if environ.get("HTTP_ORIGIN", f"http://{host}").lower() != f"http://{host}":
+        return False
+    name = parsed[1] or parsed[2]
     address = _parse_address(name)
-    return address is not None and address.is_loopback
+    return name in _LOOPBACK_NAMES or (address is not None and address.is_loopback)
 
 
 @lru_cache(maxsize=4096)

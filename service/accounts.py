@@ -114,9 +114,12 @@ class _Entry:
         about = audit_facts(self._environ)
         try:
             if self._environ.get(ADMITTED):
-                outcome = facts.get("error") or facts.get("cancelled_by") or facts.get("finish_reason") or "failed"
+                known = (facts.get(name) for name in ("error", "cancelled_by", "finish_reason", "problem"))
+                outcome = next(filter(None, known), "failed")
                 tokens = facts.get("completion_tokens", 0)
-                self._audit.write("ended", **about, status=status, outcome=outcome, completion_tokens=tokens)
+                ended = {"status": status, "outcome": outcome, "completion_tokens": tokens}
+                if not self._audit.note("ended", **about, **ended):
+                    self._log.write("audit-late", id=about["id"])
             elif status >= 400:
                 self._audit.refuse(**about, status=status, reason=facts.get("problem", "failed"))
         except AuditUnwritable as error:

@@ -10,7 +10,7 @@ import socket
 import stat
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,12 +20,15 @@ from service.audit_lines import (
     HASH,
     LINE_BYTES,
     ZEROS,
+    Line,
     belongs,
     first_seq,
     hash_bytes,
     lock,
     log_files,
+    raw_lines,
     read_head,
+    read_line,
     read_tail,
 )
 from service.errors import AuditUnwritable
@@ -33,7 +36,7 @@ from service.errors import AuditUnwritable
 ROTATE_BYTES = 64 * 1024 * 1024
 KEEP_FILES = 32
 SYNC_INTERVAL_S = 1.0
-REFUSALS_A_MINUTE = 600
+REFUSALS_A_MINUTE = 120  # some 60 MB a day, whoever wants to fill the log
 _CUT_CHARACTERS = 256  # of each fact, if a line would be too long
 
 _encode = json.JSONEncoder(separators=(",", ":"), default=str).encode
@@ -66,6 +69,7 @@ class AuditLog:
         self._failure: OSError | None = None  # as long as it stands, nothing is written
         self._failed_for_good = False
         self._minute, self._refusals, self._refused_more = 0, 0, Counter[str]()
+        self._notes: deque[str] = deque(maxlen=1000)
         self._stop, self._thread = threading.Event(), threading.Thread()
         self._folder_descriptor = -1
         try:
@@ -95,7 +99,22 @@ class AuditLog:
 
     def write(self, event: str, **facts: Any) -> None:
         """Adds one line; a fact that is None is left out. Raises AuditUnwritable: then there is no such line."""
-        text = _text(event, facts)
+        self._write(_text(event, facts))
+
+    def note(self, event: str, **facts: Any) -> bool:
+        """Adds one line, now or, if that is not possible, before the next line that is; tells whether it was now.
+
+        For what has happened and cannot be undone any more; the newest thousand such lines are kept.
+        """
+        try:
+            self._write(_text(event, facts))
+        except AuditUnwritable:
+            happened = datetime.fromtimestamp(self._clock(), UTC).isoformat(timespec="milliseconds")[:23]
+            self._notes.append(_text(event, {**facts, "happened": f"{happened}Z"}))
+            return False
+        return True
+
+    def _write(self, text: str | None) -> None:
         with self._lock:
             if self._failure is not None:
                 raise self._unwritable(self._failure) from self._failure
@@ -103,16 +122,20 @@ class AuditLog:
             try:
                 lock(self._folder_descriptor)
                 try:
-                    if not self._is_as_left():
+                    if not self._is_as_left() and not self._take_up():
                         self._catch_up()
-                    self._append(text)
+                    while self._notes:
+                        self._append(self._notes[0])
+                        self._notes.popleft()
+                    if text is not None:
+                        self._append(text)
                 finally:
                     fcntl.flock(self._folder_descriptor, fcntl.LOCK_UN)
             except OSError as error:
                 raise self._unwritable(error) from error
 
     def refuse(self, **facts: Any) -> None:
-        """Adds a line ``refused``; beyond 600 a minute they are only counted, since anybody can cause them."""
+        """Adds a line ``refused``; beyond 120 a minute they are only counted, since anybody can cause them."""
         with self._refusals_lock:
             self._tell_refused_more()
             self._refusals += 1
@@ -142,6 +165,8 @@ class AuditLog:
         try:
             with self._refusals_lock:
                 self._tell_refused_more(closing=True)
+            if self._notes:
+                self._write(None)
             self.sync()
         finally:
             with self._lock:
@@ -177,6 +202,27 @@ class AuditLog:
         except FileNotFoundError:
             return False
         return now.st_size == self._size and now.st_ino == self._inode and bool(now.st_mode & stat.S_IWUSR)
+
+    def _take_up(self) -> bool:
+        """Goes on behind the lines that another process has added since; tells whether there is nothing else to it."""
+        if self._size < 0:
+            return False  # what was written last is not known
+        try:
+            status = os.stat(self._path)  # noqa: PTH116 (as in _is_as_left)
+        except FileNotFoundError:
+            return False
+        if status.st_ino != self._inode or status.st_size < self._size or not status.st_mode & stat.S_IWUSR:
+            return False
+        seq, digest, size = self._seq, self._hash, self._size
+        for raw in raw_lines(Path(self._path), size, status.st_size):
+            line = read_line(raw.data)
+            if not isinstance(line, Line) or (line.seq, line.prev) != (seq + 1, digest):
+                return False
+            seq, digest, size = line.seq, line.hash, raw.offset + len(raw.data)
+        if size != status.st_size:
+            return False
+        self._seq, self._hash, self._size = seq, digest, size
+        return True
 
     def _catch_up(self) -> None:
         """Finds where the log stands, and tells in the log what has happened to it."""

@@ -6,14 +6,13 @@ Framework-free: the resources translate what comes out of here into HTTP.
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from service.access import Caller
 from service.engine.interface import Completion, GenerationRequest, Piece
 from service.engine.process import EngineProcess, Stream
-from service.errors import ContextExceeded, EngineLost, ServiceError, StateUnwritable, Unavailable
+from service.errors import ContextExceeded, EngineLost, ServiceError, Unavailable
 from service.limits import Lease, Limiter
 from service.metrics import Metrics
 from service.scheduler import Scheduler, Ticket, Work
@@ -260,9 +259,7 @@ class Generation:
                 self._drain_stream(self._stream)
         finally:
             self._ticket.release()
-            with suppress(StateUnwritable):
-                # Then all that was reserved stays counted, and the next request is told that nothing can be counted.
-                self._lease.release(self.account.completion_tokens)
+            self._lease.release(self.account.completion_tokens)
             self._settle()
 
     def cut_off(self) -> None:

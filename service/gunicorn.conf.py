@@ -60,6 +60,6 @@ def post_worker_init(worker):
 
 
 def worker_exit(server, worker):
-    from service.wsgi import runtime
-
-    runtime.stop()
+    loaded = sys.modules.get("service.wsgi")
+    if loaded is not None:  # otherwise it could not be made, and has said so
+        loaded.runtime.stop()

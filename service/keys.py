@@ -231,13 +231,22 @@ def _changing(path: Path) -> Iterator[list[Key]]:
     """The keys as a list to change; one process at a time, and the file is replaced as a whole or not at all."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with path.with_name(path.name + ".lock").open("a") as lock:
+        descriptor = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "w") as lock:
+            _give_to(descriptor, path.parent)
             fcntl.flock(lock, fcntl.LOCK_EX)
             keys = list(read_keys(path)) if path.exists() else []
             yield keys
             _write_keys(path, keys)
     except OSError as error:
         raise KeysUnusable(f"the key file {path} cannot be written ({error.strerror})") from error
+
+
+def _give_to(descriptor: int, place: Path) -> None:
+    """Root adds keys for a service that runs as another user: a file belongs to the owner of its place."""
+    found = place.stat()
+    if os.geteuid() == 0 and (found.st_uid, found.st_gid) != (0, 0):
+        os.fchown(descriptor, found.st_uid, found.st_gid)
 
 
 def _write_keys(path: Path, keys: list[Key]) -> None:
@@ -247,11 +256,8 @@ def _write_keys(path: Path, keys: list[Key]) -> None:
         descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             if path.exists():
-                # The service may run as another user than the one who adds keys; who may read stays as it was.
-                found = path.stat()
-                os.fchmod(descriptor, found.st_mode & 0o777)
-                if (found.st_uid, found.st_gid) != (os.geteuid(), os.getegid()):
-                    os.fchown(descriptor, found.st_uid, found.st_gid)
+                os.fchmod(descriptor, path.stat().st_mode & 0o777)
+            _give_to(descriptor, path if path.exists() else path.parent)
             json.dump(document, file, indent=1)
             file.flush()
             os.fsync(descriptor)

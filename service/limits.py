@@ -1,8 +1,8 @@
 """Owns what keys and addresses may use: requests a minute, generated tokens a day, requests at the same time.
 
-Each limit is counted for the key and for the address. Requests a minute are a moving window of the library ``limits``,
-in memory; tokens a day are counted in a storage of the same library's interface, on disk (``counters.py``), so that one
-which several nodes share can take its place.
+Each limit is counted for the key and for the address, in a storage of the library ``limits``: requests a minute in its
+moving window, tokens a day in its counters. This node's own is in ``counters.py``; one that several nodes share can
+take its place.
 """
 
 import math
@@ -13,11 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from limits import RateLimitItemPerMinute
-from limits.storage import MemoryStorage, Storage
+from limits.storage import Storage
 from limits.strategies import MovingWindowRateLimiter
 
 from service.access import Caller, identify_address
-from service.errors import FieldOutOfBounds, LimitReached
+from service.errors import FieldOutOfBounds, LimitReached, StateUnwritable
 from service.keys import Limits
 
 _MINUTE_S = 60
@@ -61,10 +61,11 @@ class Limiter:
     ):
         self._address_limits, self._counters = address_limits, counters
         self._predict_end_s, self._clock = predict_end_s, clock
-        self._windows = MovingWindowRateLimiter(MemoryStorage())
+        self._windows = MovingWindowRateLimiter(counters)
         self._lock = threading.Lock()
         self._parallel: Counter[str] = Counter()
         self._held: Counter[str] = Counter()  # tokens that running requests have reserved and may give back
+        self._unsettled: Counter[str] = Counter()  # corrections by counter that could not be written yet
 
     def count_address(self, address: str) -> None:
         """Counts a request before it is known whose it is. Raises LimitReached."""
@@ -147,6 +148,7 @@ class Limiter:
         """Counts the tokens and returns the counter's name; called with the lock held."""
         most = subject.limits.tokens_per_day
         counter = self._day_counter(subject.identity)
+        self._settle()
         if most is not None and tokens > most:
             bound = f"must be at most {most}, which is all that the {subject.kind} has a day"
             raise FieldOutOfBounds("max_tokens", bound)
@@ -163,6 +165,12 @@ class Limiter:
             )
         self._held[subject.identity] += tokens
         return counter
+
+    def _settle(self) -> None:
+        """Writes corrections, of requests that have ended, to their counters; called with the lock held."""
+        for counter, tokens in list(self._unsettled.items()):
+            self._counters.incr(counter, _DAYS_KEPT * _DAY_S, tokens)
+            del self._unsettled[counter]
 
 
 class Lease:
@@ -205,7 +213,11 @@ class Lease:
                 if limiter._held[identity] <= 0:
                     del limiter._held[identity]
                 if tokens_used != self._tokens:
-                    limiter._counters.incr(counter, _DAYS_KEPT * _DAY_S, tokens_used - self._tokens)
+                    limiter._unsettled[counter] += tokens_used - self._tokens
+            try:
+                limiter._settle()
+            except StateUnwritable:
+                pass  # the next reservation tries again, and is refused as long as nothing can be counted
 
 
 def _key_subject(caller: Caller) -> _Subject:

@@ -23,14 +23,16 @@ from service.schema import (
 )
 
 MOST_MESSAGES = 512
-LONGEST_USER = 256
+LONGEST_LABEL = 256
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default of /v1/completions
 # developer is OpenAI's newer word for system.
 ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 CHAT_MAX_TOKENS = ("max_completion_tokens", "max_tokens")
 
 _NO_TOOLS = "the engine does not call tools"
-_COMMON = {"model", "stop", "stream", "stream_options", "user", *SAMPLING}
+# Labels by which OpenAI tells users and caches apart: they change no answer.
+LABELS = ("user", "safety_identifier", "prompt_cache_key")
+_COMMON = {"model", "stop", "stream", "stream_options", *LABELS, *SAMPLING}
 _COMPLETION_FIELDS = {"prompt", "max_tokens", *_COMMON}
 _CHAT_FIELDS = {"messages", *CHAT_MAX_TOKENS, *_COMMON}
 UNSUPPORTED_BY_CHAT = {
@@ -120,11 +122,12 @@ def _make(
     document: dict[str, Any], messages: tuple[Message, ...], names: tuple[str, ...], bounds: TokenBounds
 ) -> OpenAIRequest:
     stream = parse_switch(document, "stream")
-    user = parse_text(document, "user")
-    if user is not None and len(user) > LONGEST_USER:
-        raise FieldOutOfBounds("user", f"must have at most {LONGEST_USER} characters")
+    labels = {name: parse_text(document, name) for name in LABELS}
+    for name, label in labels.items():
+        if label is not None and len(label) > LONGEST_LABEL:
+            raise FieldOutOfBounds(name, f"must have at most {LONGEST_LABEL} characters")
     request = make_request(document, messages, names, bounds, stream)
-    return OpenAIRequest(request, _parse_stream_options(document, stream), user)
+    return OpenAIRequest(request, _parse_stream_options(document, stream), labels["user"])
 
 
 def _check_model(document: dict[str, Any], model: str) -> None:

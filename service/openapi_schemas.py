@@ -8,7 +8,8 @@ from service.engine.process import Phase
 from service.openai_schema import (
     CHAT_MAX_TOKENS,
     COMPLETION_MAX_TOKENS,
-    LONGEST_USER,
+    LABELS,
+    LONGEST_LABEL,
     MOST_MESSAGES,
     ROLES,
     UNSUPPORTED_BY_CHAT,
@@ -63,7 +64,7 @@ def describe_requests(settings: Settings, model: Description | None) -> Schema:
         "model": model_name(model),
         **common,
         "stream_options": _nullable(_object(options, ())),
-        "user": _nullable(_text(most=LONGEST_USER)),
+        **{name: _nullable(_text(most=LONGEST_LABEL)) for name in LABELS},
     }
     options_are_for_streams = {
         "if": {"properties": {"stream_options": {"type": "object"}}, "required": ["stream_options"]},

@@ -178,8 +178,7 @@ class Scheduler:
             if ticket in self._waiting:
                 self._waiting.remove(ticket)
             self._promote()
-            if not any(other.owner == ticket.owner for other in (*self._waiting, *self._running)):
-                self._last_turn.pop(ticket.owner, None)
+            self._forget_owners()
             self._idle.notify_all()
 
     def drain(self) -> None:
@@ -242,6 +241,21 @@ class Scheduler:
             self._running.add(ticket)
             ticket.turn.set()
 
+    def _forget_owners(self) -> None:
+        """Forgets the turns of owners who are gone, once nobody waits whose own last turn is longer ago.
+
+        Sooner, whoever comes again at once would pass for somebody who never had a turn.
+        """
+        if not self._waiting:
+            here = {ticket.owner for ticket in self._running}
+            self._last_turn = {owner: turn for owner, turn in self._last_turn.items() if owner in here}
+            return
+        here = {ticket.owner for ticket in (*self._waiting, *self._running)}
+        oldest = min(self._last_turn.get(ticket.owner, 0) for ticket in self._waiting)
+        self._last_turn = {
+            owner: turn for owner, turn in self._last_turn.items() if owner in here or turn > oldest
+        }
+
     def _order(self) -> list[Ticket]:
         """Who waits, in the order of their turns if nobody else comes."""
         queues: dict[str, deque[Ticket]] = {}
@@ -266,7 +280,9 @@ class Scheduler:
         if ticket.work is None:
             return 0.0
         elapsed_s = self.clock() - ticket.started_s if ticket.started_s is not None else 0.0
-        return max(0.0, self.speed.expected_s(ticket.work) - elapsed_s)
+        left_s = self.speed.expected_s(ticket.work) - elapsed_s
+        # One that outlives what was expected of it is held to be half way through what it may still take.
+        return left_s if left_s > 0 else max(0.0, (self.speed.longest_s(ticket.work) - elapsed_s) / 2)
 
     def _predict_start_s(self, ticket: Ticket | None) -> float:
         """Work ahead of a ticket (None: of a new owner's that comes now), spread over the slots."""

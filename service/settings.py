@@ -251,7 +251,11 @@ def check_folders(settings: Settings) -> None:
     }
     for variable, folder in folders.items():
         try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if not folder.exists():
+                folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+                above = folder.parent.stat()
+                if os.geteuid() == 0 and (above.st_uid, above.st_gid) != (0, 0):
+                    os.chown(folder, above.st_uid, above.st_gid)  # made by root for a service of another user
             if not os.access(folder, os.W_OK | os.X_OK):
                 raise PermissionError(13, "not writable")
         except OSError as error:

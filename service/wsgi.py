@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import time
 from collections.abc import Callable
 
 from service.access import Access
@@ -9,7 +10,7 @@ from service.accounts import Log
 from service.app import create_app
 from service.audit import AuditLog
 from service.control import serve_control
-from service.counters import SqliteStorage
+from service.counters import NodeStorage
 from service.engine.process import EngineProcess, engine_settings
 from service.errors import ServiceError
 from service.generation import Generator
@@ -29,12 +30,13 @@ class Runtime:
         self.engine = EngineProcess(engine_settings(settings), stall_timeout_s=settings.stall_timeout_s)
         self.scheduler = Scheduler(settings.queue_size)
         self.metrics = Metrics(self.engine, self.scheduler, settings.price_eur_per_hour)
-        self.counters = SqliteStorage(settings.state_dir / "counters.sqlite3")
+        self.counters = NodeStorage(settings.state_dir / "counters.sqlite3")
         self.limiter = Limiter(settings.address_limits, self.counters, self.scheduler.predicted_end_s)
         self.generator = Generator(self.engine, self.scheduler, self.limiter, self.metrics, settings)
         self.audit = AuditLog(settings.audit_dir, begin=settings.audit_begin, node=settings.node)
         access = Access(KeyFile(settings.keys_file) if settings.keys_required else None, settings.trusted_proxies)
         self.application = create_app(self.generator, access, self.audit, self.log)
+        self._stopping = threading.Event()
         self._close_control: Callable[[], None] = lambda: None
 
     def start(self) -> None:
@@ -42,14 +44,14 @@ class Runtime:
         # First the socket: it is made under a narrow umask, which no engine may inherit.
         self._close_control = serve_control(self.settings.control_socket, self.generator, self.log)
         self.engine.start()
+        # Made beforehand: SIGTERM may come while the main thread holds what starting a thread needs.
+        threading.Thread(target=self._cancel_at_the_limit, name="drain-limit", daemon=True).start()
         threading.Thread(target=self._watch_engine, name="engine-watch", daemon=True).start()
 
     def stop_gently(self) -> None:
         """Called at SIGTERM: no new requests, and an end to the old ones at the drain's limit."""
         self.scheduler.drain()
-        timer = threading.Timer(self.settings.drain_limit_s, self._cancel_all)
-        timer.daemon = True
-        timer.start()
+        self._stopping.set()
 
     def stop(self) -> None:
         """Called when the web worker ends."""
@@ -58,7 +60,9 @@ class Runtime:
         self.audit.close()
         self.counters.close()
 
-    def _cancel_all(self) -> None:
+    def _cancel_at_the_limit(self) -> None:
+        self._stopping.wait()
+        time.sleep(self.settings.drain_limit_s)
         self.generator.cancel_all = True
 
     def _learn_speed(self) -> None:

@@ -72,7 +72,7 @@ class Answerer:
                 max_tokens=generation.account.max_tokens,
             )
             environ[accounts.ADMITTED] = True
-        except ServiceError:
+        except BaseException:
             generation.close()
             raise
         if request.stream:
@@ -87,8 +87,10 @@ class Answerer:
                 if isinstance(event, Text):
                     texts.append(event.text)
         finally:
-            generation.close()
-            _tell_facts(environ, generation)
+            try:
+                generation.close()
+            finally:
+                _tell_facts(environ, generation)
         resp.media = shape.whole(generation, "".join(texts))
 
 

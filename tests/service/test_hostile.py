@@ -157,7 +157,7 @@ HOSTILE: dict[str, tuple[bytes, set[int]]] = {
     "chunk extension": (chunked(b"20;a=b\r\n" + BODY + b"\r\n0\r\n\r\n"), {200, 400}),
     "chunked whole": (chunked(b"20\r\n" + BODY + b"\r\n0\r\n\r\n"), {200}),
     "underscored header": (post(BODY, JSON + b"X_Deadline_S: 0\r\n"), {200}),
-    "forged proxy headers": (post(BODY, JSON + b"X-Forwarded-For: 1.2.3.4\r\nX-Forwarded-Proto: https\r\n"), {200}),
+    "forged proxy headers": (post(BODY, JSON + b"X-Forwarded-For: 1.2.3.4\r\nX-Forwarded-Proto: https\r\n"), {401}),
     "pipelined garbage": (post(BODY) + b"\x00\x01garbage", {200}),
     # slow
     "headers never end": (b"POST /generate HTTP/1.1\r\nHost: localhost\r\n", {408, CLOSED}),

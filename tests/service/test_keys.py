@@ -306,7 +306,7 @@ def test_audit_log_tells_what_happened(keyed: Service) -> None:
         ("refused", None, "unauthenticated"),
         ("refused", "alice", "out-of-bounds"),
         ("admitted", "alice", None),
-        ("ended", "alice", "failed"),
+        ("ended", "alice", "engine-failed"),
         ("admitted", "alice", None),
         ("ended", "alice", "client"),
     ]

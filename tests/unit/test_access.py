@@ -75,6 +75,18 @@ def test_ipv6_is_limited_by_its_network() -> None:
             }.items()
         ),
         ({"HTTP_X_FORWARDED_FOR": ""}, False),
+        ({"HTTP_X_FORWARDED_PORT": "80"}, False),
+        ({"HTTP_CF_CONNECTING_IP": "1.1.1.1"}, False),
+        ({"SERVER_PROTOCOL": "HTTP/1.0"}, False),
+        ({"SERVER_PROTOCOL": "HTTP/1.1"}, True),
+        ({"HTTP_ORIGIN": "http://127.0.0.1:8080", "HTTP_SEC_FETCH_SITE": "same-origin"}, True),
+        ({"HTTP_ORIGIN": "https://evil.example"}, False),
+        ({"HTTP_ORIGIN": "http://127.0.0.1:9090"}, False),
+        ({"HTTP_ORIGIN": "null"}, False),
+        ({"HTTP_SEC_FETCH_SITE": "cross-site"}, False),
+        ({"HTTP_HOST": "localhost:80,evil.example"}, False),
+        ({"HTTP_HOST": "[::1].evil.example"}, False),
+        ({"HTTP_HOST": "localhost:80:80"}, False),
     ],
 )
 def test_direct_requests(change: dict[str, str], direct: bool) -> None:

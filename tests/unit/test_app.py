@@ -51,6 +51,11 @@ class FakeAudit:
             raise AuditUnwritable("the audit log cannot be written: no space left on device")
         self.lines.append({"event": event, **facts})
 
+    def note(self, event: str, **facts: Any) -> bool:
+        if not self.full:
+            self.write(event, **facts)
+        return not self.full
+
     def refuse(self, **facts: Any) -> None:
         self.write("refused", **facts)
 

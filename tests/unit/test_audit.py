@@ -240,19 +240,19 @@ class Clock:
         return self.now_s
 
 
-def test_refusals_beyond_600_a_minute_are_counted(folder: Path) -> None:
-    """600 refusals of a minute have a line each; the others are told by status and reason when it is over."""
+def test_refusals_beyond_a_number_a_minute_are_counted(folder: Path) -> None:
+    """120 refusals of a minute have a line each; the others are told by status and reason when it is over."""
     clock = Clock()
     log = AuditLog(folder, clock=clock)
     for number in range(1000):
         log.refuse(status=401 if number % 4 else 429, reason="key" if number % 4 else "rate", address="10.0.0.9")
-    assert events_of(folder).count("refused") == 600
+    assert events_of(folder).count("refused") == audit.REFUSALS_A_MINUTE == 120
     clock.now_s += 60
     log.refuse(status=401, reason="key")
     log.close()
     *_, more, last = lines_of(folder)
     assert more["event"] == "refused-more"
-    assert more["counts"] == {"401 key": 300, "429 rate": 100}
+    assert more["counts"] == {"401 key": 660, "429 rate": 220}
     assert last["event"] == "refused"
     assert verify([folder]).whole
 
@@ -262,13 +262,13 @@ def test_counted_refusals_are_told_by_the_thread_and_at_the_end(folder: Path, mo
     monkeypatch.setattr(audit, "SYNC_INTERVAL_S", 0.02)
     clock = Clock()
     log = AuditLog(folder, clock=clock)
-    for _ in range(603):
+    for _ in range(123):
         log.refuse(status=401, reason="key")
     clock.now_s += 60
     deadline_s = time.monotonic() + 10
     while "refused-more" not in events_of(folder) and time.monotonic() < deadline_s:
         time.sleep(0.02)
-    for _ in range(605):
+    for _ in range(125):
         log.refuse(status=403, reason="key")
     log.close()
     told = [line["counts"] for line in lines_of(folder) if line["event"] == "refused-more"]
@@ -278,7 +278,7 @@ def test_counted_refusals_are_told_by_the_thread_and_at_the_end(folder: Path, mo
 def test_kinds_of_counted_refusals_are_bounded(folder: Path) -> None:
     """However many reasons there are, the counts fit one line and none is lost."""
     log = AuditLog(folder, clock=Clock())
-    for number in range(1600):
+    for number in range(1120):
         log.refuse(status=401, reason=str(number))
     log.close()
     counts = lines_of(folder)[-1]["counts"]
@@ -1008,3 +1008,39 @@ def test_report_is_told_in_lines(folder: Path) -> None:
     told = describe_report(verify([folder]))
     assert f"problem: {path}:2: line seq 2 is missing" in told
     assert told[-1] == "NOT whole: 1 problems"
+
+
+def test_notes_are_written_when_there_is_room_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has happened while the disk was full comes into the log before the next line, with the time it happened."""
+    log = AuditLog(folder, clock=Clock())
+    log.write("admitted", id=1)
+
+    def full(descriptor: int, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        assert not log.note("ended", id=1)
+        with pytest.raises(AuditUnwritable):
+            log.write("admitted", id=2)
+    log.write("admitted", id=3)
+    assert log.note("ended", id=3)
+    log.close()
+    *_, admitted, late, third, last = lines_of(folder)
+    assert [line["id"] for line in (admitted, late, third, last)] == [1, 1, 3, 3]
+    assert "happened" in late
+    assert verify([folder]).whole
+
+
+def test_writers_in_turn_read_only_what_is_new(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two services on one folder do not read the log anew for each other's lines."""
+    first, second = AuditLog(folder), AuditLog(folder)
+    monkeypatch.setattr(audit, "read_tail", lambda *arguments: pytest.fail("the whole tail was read"))
+    for number in range(20):
+        first.write("admitted", number=number)
+        second.write("admitted", number=number)
+        second.write("admitted", number=number)
+    first.close()
+    second.close()
+    assert verify([folder]).whole
+    assert len(lines_of(folder)) == 61

@@ -7,7 +7,7 @@ import pytest
 from limits.storage import MemoryStorage
 
 from service.access import Caller
-from service.counters import SqliteStorage
+from service.counters import NodeStorage
 from service.errors import FieldOutOfBounds, LimitReached, StateUnwritable
 from service.keys import Limits
 from service.limits import Limiter, render_headers
@@ -196,10 +196,10 @@ def test_headers() -> None:
 def test_counters_outlive_their_storage(tmp_path: Path) -> None:
     """What was counted is there when the file is opened again, also when it was never closed."""
     path = tmp_path / "counters.sqlite3"
-    first = SqliteStorage(path)
+    first = NodeStorage(path)
     assert first.incr("a", 100, 5) == 5
     assert first.incr("a", 100, -2) == 3
-    second = SqliteStorage(path)  # while the first is open, as a worker that takes over
+    second = NodeStorage(path)  # while the first is open, as a worker that takes over
     assert second.get("a") == 3
     assert second.incr("a", 100) == first.get("a") == 4
     assert second.get("b") == 0
@@ -210,7 +210,7 @@ def test_counters_expire(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     """A counter that is over does not stay in the file for ever."""
     now_s = [1000.0]
     monkeypatch.setattr("service.counters.time.time", lambda: now_s[0])
-    storage = SqliteStorage(tmp_path / "counters.sqlite3")
+    storage = NodeStorage(tmp_path / "counters.sqlite3")
     storage.incr("old", 100)
     assert storage.get_expiry("old") == 1100
     now_s[0] += 5000
@@ -226,8 +226,52 @@ def test_counters_that_cannot_be_kept_are_an_error(tmp_path: Path) -> None:
     (tmp_path / "rubbish").write_text("this is no database, " * 100)
     for path in (tmp_path / "rubbish", tmp_path / "none" / "x"):
         with pytest.raises(StateUnwritable):
-            SqliteStorage(path)
-    storage = SqliteStorage(tmp_path / "counters.sqlite3")
+            NodeStorage(path)
+    storage = NodeStorage(tmp_path / "counters.sqlite3")
     storage.close()
     with pytest.raises(StateUnwritable):
         storage.incr("a", 100)
+
+
+def test_windows_of_this_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The window moves; what is over leaves no trace in memory, however many addresses there were."""
+    now_s = [1000.0]
+    monkeypatch.setattr("service.counters.time.time", lambda: now_s[0])
+    storage = NodeStorage(tmp_path / "counters.sqlite3")
+    assert [storage.acquire_entry("a", 2, 60) for _ in range(3)] == [True, True, False]
+    assert storage.get_moving_window("a", 2, 60) == (1000.0, 2)
+    now_s[0] += 30
+    for number in range(5000):
+        assert storage.acquire_entry(f"address {number}", 2, 60)
+    assert not storage.acquire_entry("a", 2, 60)
+    now_s[0] += 31
+    assert storage.acquire_entry("a", 2, 60)
+    now_s[0] += 60
+    for number in range(3000):
+        storage.acquire_entry(f"other {number}", 2, 60)
+    assert len(storage._windows) <= 3001
+    monkeypatch.setattr("service.counters._MOST_WINDOWS", 100)
+    for number in range(3000):
+        storage.acquire_entry(f"another {number}", 2, 60)
+    assert len(storage._windows) <= 100
+    storage.close()
+
+
+def test_settlement_that_fails_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens that could not be given back at the end are given back before the next reservation."""
+    storage = MemoryStorage()
+    limits = Limiter(Limits(), storage, clock=Clock())
+    who = caller(tokens_per_day=100)
+    lease = limits.enter(who)
+    lease.reserve(60)
+    count = storage.incr
+
+    def fail(*arguments: object) -> int:
+        raise StateUnwritable("disk full")
+
+    monkeypatch.setattr(storage, "incr", fail)
+    lease.release(10)
+    assert limits.tokens_today("alice") == 60
+    monkeypatch.setattr(storage, "incr", count)
+    take(limits, who, 90, used=5)
+    assert limits.tokens_today("alice") == 15

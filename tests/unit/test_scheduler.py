@@ -230,3 +230,32 @@ def test_request_that_is_being_counted_holds_no_slot() -> None:
     assert not large.turn.is_set()
     small.release()
     assert large.turn.is_set()
+
+
+def test_two_who_always_come_again_do_not_starve_a_third() -> None:
+    """Owners who ask again as soon as they are answered are no newcomers: one with two waiting gets both."""
+    scheduler = Scheduler(queue_size=60)
+    tickets = [enter(scheduler, owner) for owner in ("b", "c", "a", "a")]
+    turns = []
+    for _ in range(12):
+        (running,) = [ticket for ticket in tickets if ticket.turn.is_set()]
+        turns.append(running.owner)
+        tickets.remove(running)
+        running.release()
+        if running.owner != "a":
+            tickets.append(enter(scheduler, running.owner))
+    assert turns.count("a") == 2
+    assert turns.index("a") <= 2
+
+
+def test_generation_that_outlives_its_expectation_is_not_over() -> None:
+    """What has taken longer than usual is predicted to go on, up to what it may take."""
+    clock = Clock()
+    scheduler = Scheduler(queue_size=3, clock=clock)
+    for _ in range(50):
+        scheduler.speed.learn(100, 1.0, 10, 1.0, 100)
+    scheduler.admit().declare(Work(0, 1000), None)  # 10 s expected, 100 s possible
+    clock.now_s += 20
+    assert scheduler.predicted_wait_s() == pytest.approx(40, abs=1)
+    clock.now_s += 79
+    assert scheduler.predicted_wait_s() < 1
