@@ -1,6 +1,7 @@
 """``python -m service serve``, which ``make serve`` runs: from the command to the printed line and back to nothing."""
 
 import json
+import os
 import shutil
 import signal
 import socket
@@ -9,9 +10,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import psutil
 import pytest
@@ -22,16 +23,21 @@ from tests.service.harness import ROOT, free_port, service_environment, write_sm
 class Terminal:
     """A running command whose stderr is gathered line by line."""
 
-    def __init__(self, process: subprocess.Popen[str]):
-        self.process = process
+    def __init__(self, process: subprocess.Popen[bytes], errors: TextIO):
+        self.process, self._errors = process, errors
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.lines.append(line.rstrip("\n"))
+        with suppress(OSError):  # how a terminal says that the other side has gone
+            for line in self._errors:
+                self.lines.append(line.rstrip("\n"))
+
+    def close(self) -> None:
+        """Called once the command has ended, and with it the other side."""
+        self._reader.join(5)
+        self._errors.close()
 
     def wait_line(self, part: str, timeout_s: float = 30.0) -> str:
         end_s = time.monotonic() + timeout_s
@@ -44,24 +50,28 @@ class Terminal:
 
 
 @contextmanager
-def serving(state_dir: Path, port: int, **settings: Any) -> Iterator[Terminal]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "service", "serve"],
-        cwd=ROOT,
-        env=service_environment(state_dir, port, **{"auth": None, **settings}),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+def serving(state_dir: Path, port: int, tty: bool = False, **settings: Any) -> Iterator[Terminal]:
+    """The command; its messages go to a pipe, or to a terminal as a person has one."""
+    ours, theirs = os.openpty() if tty else os.pipe()
     try:
-        yield Terminal(process)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "service", "serve"],
+            cwd=ROOT,
+            env=service_environment(state_dir, port, **{"auth": None, **settings}),
+            stdout=subprocess.DEVNULL,
+            stderr=theirs,
+            start_new_session=True,
+        )
+    finally:
+        os.close(theirs)
+    terminal = Terminal(process, os.fdopen(ours, encoding="utf-8"))
+    try:
+        yield terminal
     finally:
         if process.poll() is None:
             process.terminate()
             process.wait(20)
-        assert process.stderr is not None
-        process.stderr.close()
+        terminal.close()
 
 
 def test_printed_curl_line_works_as_printed(tmp_path: Path) -> None:
@@ -141,9 +151,13 @@ def test_loopback_needs_no_key_and_says_so(tmp_path: Path) -> None:
 
 
 def test_other_hosts_need_a_key_which_is_shown_once(tmp_path: Path) -> None:
-    """On another host a first key is made and printed; the curl line works with it, and the next start shows none."""
+    """On another host a first key is made and shown on a terminal, and nowhere else; the curl line works with it."""
     port = free_port()
-    with serving(tmp_path, port, host="0.0.0.0") as terminal:
+    with serving(tmp_path, port, host="0.0.0.0") as terminal:  # nobody sees it
+        assert "keys add" in terminal.wait_line("error: ")
+        assert terminal.process.wait(10) == 1
+    assert not (tmp_path / "keys.json").exists()
+    with serving(tmp_path, port, tty=True, host="0.0.0.0") as terminal:
         export = terminal.wait_line("export LLM_KEY=").strip()
         assert "plain HTTP" in terminal.wait_line("plain HTTP")
         line = terminal.wait_line("curl -s").strip()
@@ -156,7 +170,7 @@ def test_other_hosts_need_a_key_which_is_shown_once(tmp_path: Path) -> None:
     secret = export.partition("=")[2]
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or secret.encode() not in path.read_bytes(), path
-    with serving(tmp_path, port, host="0.0.0.0") as terminal:
+    with serving(tmp_path, port, tty=True, host="0.0.0.0") as terminal:
         terminal.wait_line("curl -s")
         assert not any("mllm_" in line for line in terminal.lines)
 
