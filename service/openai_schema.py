@@ -87,13 +87,14 @@ def parse_chat(document: dict[str, Any], model: str, largest_max_tokens: int) ->
     if not 1 <= len(entries) <= MOST_MESSAGES:
         raise FieldOutOfBounds("messages", f"must hold 1 to {MOST_MESSAGES} messages")
     parsed = [_parse_message(f"messages[{place}]", entry) for place, entry in enumerate(entries)]
+    for place, message in enumerate(parsed):
+        # An assistant's may be: an answer can end before its first word, and programs send it back with the rest.
+        if not message.content and message.role == "user":
+            raise FieldOutOfBounds(f"messages[{place}].content", "must not be empty")
+    if not any(message.content for message in parsed):
+        raise FieldOutOfBounds("messages", "must hold a message that says something")
     # A system text that says nothing is as none, which is what programs with an empty field for it mean.
     messages = tuple(message for message in parsed if message.content or message.role != "system")
-    for place, message in enumerate(parsed):
-        if not message.content and message.role != "system":
-            raise FieldOutOfBounds(f"messages[{place}].content", "must not be empty")
-    if not messages:
-        raise FieldOutOfBounds("messages", "must hold a message that says something")
     bounds = TokenBounds(largest_max_tokens, largest_max_tokens)
     return _make(document, messages, CHAT_MAX_TOKENS, bounds)
 
@@ -154,6 +155,8 @@ def _parse_message(place: str, entry: Any) -> Message:
         raise FieldUnsupported(f"{place}.role", _NO_TOOLS)
     if role not in ROLES:
         raise FieldOutOfBounds(f"{place}.role", f"must be one of {', '.join(ROLES)}")
+    if content is None and role == "assistant":
+        content = ""
     if isinstance(content, list):
         content = "".join(_parse_part(f"{place}.content[{number}]", part) for number, part in enumerate(content))
     if not isinstance(content, str):

@@ -97,7 +97,7 @@ def describe_requests(settings: Settings, model: Description | None) -> Schema:
                     "messages": {
                         **_list(ref("Message"), 1, MOST_MESSAGES),
                         # Not a reference: schemathesis 4.32 does not come to an end with one here.
-                        "contains": {"properties": {"content": said}},
+                        "contains": {"properties": {"content": said}, "required": ["content"]},
                     },
                     **{name: tokens(None) for name in CHAT_MAX_TOKENS},
                 },
@@ -127,17 +127,22 @@ def describe_requests(settings: Settings, model: Description | None) -> Schema:
 
 
 def _describe_message() -> tuple[Schema, Schema]:
-    """A message of a conversation, and content that says something: all but the system's must."""
+    """A message of a conversation, and content that says something, which a user's must."""
     parts = {"type": "array", "items": _object({"type": {"const": "text"}, "text": _text()})}
     said = {"anyOf": [_text(1), {**parts, "contains": {"properties": {"text": {"minLength": 1}}}}]}
-    silent = [name for name, role in ROLES.items() if role == "system"]
-    speaking = [name for name in ROLES if name not in silent]
 
-    def message(roles: list[str], content: Schema) -> Schema:
+    def message(meant: str, content: Schema, required: tuple[str, ...] = ("role", "content")) -> Schema:
+        roles = [name for name, role in ROLES.items() if role == meant]
         members = {"role": {"enum": roles}, "content": content, **_unsupported(UNSUPPORTED_IN_MESSAGE)}
-        return _object(members, ("role", "content"))
+        return _object(members, required)
 
-    return {"anyOf": [message(speaking, said), message(silent, {"anyOf": [_text(), parts]})]}, said
+    anything = [_text(), parts]
+    kinds = [
+        message("user", said),
+        message("system", {"anyOf": anything}),
+        message("assistant", {"anyOf": [*anything, _NULL]}, ("role",)),
+    ]
+    return {"anyOf": kinds}, said
 
 
 def describe_answers() -> Schema:

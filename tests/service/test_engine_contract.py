@@ -144,3 +144,14 @@ def test_failing_callback_is_not_swallowed(engine: Engine) -> None:
     with pytest.raises((ValueError, EngineFailed)):
         engine.generate(request, broken, lambda tokens: None, lambda: False)
     assert run(engine, "hello")[1].completion_tokens == 10
+
+
+@pytest.mark.parametrize(
+    "roles", [("user", "assistant", "user"), ("assistant", "user"), ("user", "assistant", "assistant", "user")]
+)
+def test_empty_turn_is_counted_and_taken(engine: Engine, roles: tuple[str, ...]) -> None:
+    """An assistant's turn without a word takes its marks and nothing else; the count is what is evaluated."""
+    messages = tuple(Message(role, "hi" if role == "user" else "") for role in roles)
+    done = engine.generate(GenerationRequest(messages, 3, GREEDY), lambda piece: None, lambda n: None, lambda: False)
+    assert done.prompt_tokens == engine.count_tokens(messages)
+    assert done.completion_tokens == 3

@@ -163,6 +163,15 @@ def test_prompts_that_are_none(prompt: Any, error: type[ServiceError]) -> None:
         complete(prompt)
 
 
+def test_empty_answer_can_be_sent_back() -> None:
+    """An answer that ended before its first word is a turn like any other, as text or as null."""
+    for content in ("", None, []):
+        messages = chat([*HELLO, {"role": "assistant", "content": content}, *HELLO]).generate.messages
+        assert messages[1] == Message("assistant", "")
+    with pytest.raises(FieldOutOfBounds):
+        chat([{"role": "assistant", "content": None}])
+
+
 def test_empty_system_message_is_as_none() -> None:
     """Programs that always send a system field send it empty when nobody filled it in."""
     messages = [{"role": "system", "content": ""}, *HELLO]

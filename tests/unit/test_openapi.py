@@ -177,7 +177,7 @@ def test_required_fields_are_those_of_the_parser(path: str) -> None:
 @pytest.mark.parametrize("role", [*openai_schema.ROLES, "tool", "function", "", None, 1])
 @pytest.mark.parametrize("content", ["hi", "", [], [("hi",)], [("",)], [("", "hi")], [("hi", "\0")], None, "a\0"])
 def test_messages_are_those_of_the_parser(role: Any, content: Any) -> None:
-    """Who speaks must say something, the system may be silent, and somebody must have said something."""
+    """A user must say something, system and assistant may be silent, and somebody must have said something."""
     if isinstance(content, list):
         content = [{"type": "text", "text": text} for texts in content for text in texts]
     message = {"role": role, "content": content}
