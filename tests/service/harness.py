@@ -101,6 +101,16 @@ class Service:
         lines = [line for line in self.log_path.read_text().splitlines() if line.startswith("{")]
         return [entry for entry in map(json.loads, lines) if entry.get("event") == event]
 
+    def wait_request(self, timeout_s: float = 5.0, **facts: Any) -> dict[str, Any]:
+        """The line of a request with these facts, which is written once all is over; fails at the deadline."""
+        end_s = time.monotonic() + timeout_s
+        while time.monotonic() < end_s:
+            for line in self.logs("request"):
+                if facts.items() <= line.items():
+                    return line
+            time.sleep(0.01)
+        raise AssertionError(f"no line with {facts}:\n{self.last_log()}")
+
     def last_log(self) -> str:
         return "\n".join(self.log_path.read_text().splitlines()[-15:])
 

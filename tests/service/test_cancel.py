@@ -18,8 +18,7 @@ def test_leaving_while_decoding_frees_the_slot(fake: Service, stream: bool) -> N
     client.close()
     assert fake.wait_idle() < 1.5
     assert fake.metric("llm_cancelled_total", reason="client") == 1
-    entry = fake.logs("request")[-2:]
-    assert any(line.get("client_left") and line["status"] == 499 for line in fake.logs("request")), entry
+    assert fake.wait_request(client_left=True)["status"] == 499
 
 
 @pytest.mark.parametrize("stream", [False, True])

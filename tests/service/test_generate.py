@@ -21,7 +21,7 @@ def test_answer_has_the_documented_shape(real: Service) -> None:
     assert usage["completion_tokens"] > 0
     assert {"queue_ms", "prefill_ms", "decode_ms", "total_ms", "tokens_per_second"} == set(document["timings"])
     assert document["id"] == answer.headers["x-request-id"]
-    entry = next(line for line in real.logs("request") if line["id"] == document["id"])
+    entry = real.wait_request(id=document["id"])
     assert entry["completion_tokens"] == usage["completion_tokens"]
 
 

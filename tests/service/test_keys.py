@@ -38,9 +38,15 @@ def open_stream(service: Service, key: str, prompt: str, **fields: Any) -> socke
     return service.open(head.encode() + body)
 
 
-def audit_lines(service: Service) -> list[dict[str, Any]]:
-    files = sorted((service.state_dir / "audit").glob("*.jsonl"))
-    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+def audit_lines(service: Service, least: int = 0) -> list[dict[str, Any]]:
+    """The log's lines, once there are that many: a request's last one is written after its answer."""
+    end_s = time.monotonic() + 5
+    while True:
+        files = sorted((service.state_dir / "audit").glob("*.jsonl"))
+        lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+        if len(lines) >= least or time.monotonic() > end_s:
+            return lines
+        time.sleep(0.02)
 
 
 def verify(service: Service) -> str:
@@ -297,7 +303,7 @@ def test_audit_log_tells_what_happened(keyed: Service) -> None:
     keyed.wait_running(1)
     client.close()
     keyed.wait_idle()
-    lines = audit_lines(keyed)
+    lines = audit_lines(keyed, 10)
     told = [(line["event"], line.get("key"), line.get("outcome") or line.get("reason")) for line in lines]
     assert told[1:] == [
         ("key-added", "alice", None),
@@ -335,7 +341,7 @@ def test_thousand_lines_under_load_verify(keyed: Service) -> None:
     for thread in threads:
         thread.join()
     assert not failures
-    lines = audit_lines(keyed)
+    lines = audit_lines(keyed, 1 + 6 + 2 * 16 * 32)
     assert len(lines) >= 1000
     assert sum(line["event"] == "ended" for line in lines) == 16 * 32
     verify(keyed)
