@@ -190,6 +190,7 @@ def test_daily_counters_outlive_a_kill() -> None:
         assert ask(service, key, "say a b c d", max_tokens=50).status == 200
         running = open_stream(service, key, SLOW, max_tokens=30)
         service.wait_running(1)
+        time.sleep(0.2)  # counters are written behind by 20 ms
         worker = service.web
         worker.send_signal(signal.SIGKILL)
         worker.wait(10)

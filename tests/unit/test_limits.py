@@ -1,6 +1,8 @@
 """Limits of keys and addresses: counted, reserved, given back, reset, and told truthfully."""
 
+import sqlite3
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -199,9 +201,14 @@ def test_counters_outlive_their_storage(tmp_path: Path) -> None:
     first = NodeStorage(path)
     assert first.incr("a", 100, 5) == 5
     assert first.incr("a", 100, -2) == 3
+    first.flush()
     second = NodeStorage(path)  # while the first is open, as a worker that takes over
     assert second.get("a") == 3
-    assert second.incr("a", 100) == first.get("a") == 4
+    assert second.incr("a", 100) == 4
+    second.flush()
+    assert first.incr("a", 100) == 4  # it cannot know yet
+    first.flush()
+    assert first.get("a") == 5
     assert second.get("b") == 0
     assert path.stat().st_mode & 0o777 == 0o600
 
@@ -215,6 +222,7 @@ def test_counters_expire(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert storage.get_expiry("old") == 1100
     now_s[0] += 5000
     storage.incr("new", 100)
+    storage.flush()
     assert (storage.get("old"), storage.get("new")) == (0, 1)
     storage.clear("new")
     assert storage.reset() == 0
@@ -231,6 +239,28 @@ def test_counters_that_cannot_be_kept_are_an_error(tmp_path: Path) -> None:
     storage.close()
     with pytest.raises(StateUnwritable):
         storage.incr("a", 100)
+
+
+def test_file_that_fails_for_a_while_is_made_up_for(tmp_path: Path) -> None:
+    """While the file is locked by somebody nothing is lost; who counts meanwhile is refused; later all is there."""
+    storage = NodeStorage(tmp_path / "counters.sqlite3")
+    storage._database.execute("PRAGMA busy_timeout=10")
+    storage.incr("a", 100, 5)
+    storage.flush()
+    with closing(sqlite3.connect(tmp_path / "counters.sqlite3", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        storage.incr("a", 100, 2)
+        with pytest.raises(StateUnwritable):
+            storage.flush()
+        with pytest.raises(StateUnwritable):
+            storage.incr("a", 100)
+        assert storage.get("a") == 7
+        other.execute("ROLLBACK")
+    assert storage.incr("a", 100) == 8
+    storage.close()
+    again = NodeStorage(tmp_path / "counters.sqlite3")
+    assert again.get("a") == 8
+    again.close()
 
 
 def test_windows_of_this_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
