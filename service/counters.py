@@ -53,6 +53,9 @@ class NodeStorage(Storage, MovingWindowSupport):
             self._database = sqlite3.connect(
                 path, timeout=_LONGEST_WAIT_S, isolation_level=None, check_same_thread=False
             )
+        except sqlite3.Error as error:
+            raise StateUnwritable(f"the counters in {path} cannot be used: {error}") from error
+        try:
             self._database.execute("PRAGMA journal_mode=WAL")
             self._database.execute("PRAGMA synchronous=NORMAL")
             self._database.execute(
@@ -61,6 +64,7 @@ class NodeStorage(Storage, MovingWindowSupport):
             )
             path.chmod(0o600)
         except (sqlite3.Error, OSError) as error:
+            self._database.close()
             raise StateUnwritable(f"the counters in {path} cannot be used: {error}") from error
 
     @property

@@ -211,6 +211,8 @@ def test_counters_outlive_their_storage(tmp_path: Path) -> None:
     assert first.get("a") == 5
     assert second.get("b") == 0
     assert path.stat().st_mode & 0o777 == 0o600
+    first.close()
+    second.close()
 
 
 def test_counters_expire(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,6 +229,7 @@ def test_counters_expire(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     storage.clear("new")
     assert storage.reset() == 0
     assert storage.check()
+    storage.close()
 
 
 def test_counters_that_cannot_be_kept_are_an_error(tmp_path: Path) -> None:
