@@ -434,6 +434,22 @@ def test_nothing_is_generated_unless_the_audit_log_says_so(tmp_path: Path) -> No
     assert bench.post({"prompt": "say x"}, headers=headers).status_code == 200
 
 
+def test_surprise_at_the_admission_takes_no_slot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever goes wrong while the admission is written down, slot, place and tokens are given back."""
+    bench, headers = keyed_bench(tmp_path, limits=Limits(parallel=1))
+
+    def surprise(event: str, **facts: Any) -> None:
+        if event == "admitted":
+            raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.audit, "write", surprise)
+        assert_problem(bench.post({"prompt": "say a"}, headers=headers), 500, "internal")
+    assert bench.scheduler.counts() == (0, 0)
+    assert bench.limiter.tokens_today("alice") == 0
+    assert bench.post({"prompt": "say a"}, headers=headers).status_code == 200
+
+
 def test_counters_that_fail_cost_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """When tokens cannot be settled the answer is sent all the same; the next request is refused, nothing is lost."""
     bench, headers = keyed_bench(tmp_path, limits=Limits(parallel=1))
