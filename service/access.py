@@ -75,12 +75,11 @@ class Access:
                 break
         return str(client)
 
-    def identify(self, environ: Mapping[str, Any], scope: str) -> Caller:
-        """Who asks for something that needs this scope.
+    def identify(self, environ: Mapping[str, Any], address: str, scope: str) -> Caller:
+        """Who asks, from this address, for something that needs this scope.
 
         Raises Unauthenticated, Forbidden, or KeysUnusable when no key can be checked.
         """
-        address = self.address(environ)
         if self._keys is None:
             if not is_direct(environ):
                 raise Unauthenticated(

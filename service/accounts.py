@@ -1,18 +1,17 @@
 """Owns what is written of each request when its last byte is out: log line, metrics, audit; never prompt nor answer."""
 
-import json
+import os
 import sys
 import threading
 import time
 import traceback
-import uuid
 from collections.abc import Callable, Iterable, Iterator
-from datetime import UTC, datetime
 from typing import Any, TextIO
 
 from service.access import Caller
 from service.audit import AuditLog
 from service.errors import AuditUnwritable
+from service.json_text import render_time, to_json
 from service.metrics import Metrics
 
 # Keys of the WSGI environment by which the application tells what it knows of its request.
@@ -36,8 +35,7 @@ class Log:
         self._lock = threading.Lock()
 
     def write(self, event: str, **facts: Any) -> None:
-        now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        line = json.dumps({"time": now, "event": event, **facts}, default=str)
+        line = to_json({"time": render_time(time.time()), "event": event, **facts}).decode()
         try:
             with self._lock:
                 self._stream.write(line + "\n")
@@ -81,7 +79,7 @@ class _Entry:
         self._metrics, self._audit, self._log, self._environ = metrics, audit, log, environ
         self._started_s = time.monotonic()
         self.status = 500
-        environ[REQUEST_ID] = uuid.uuid4().hex
+        environ[REQUEST_ID] = os.urandom(16).hex()
         environ[FACTS] = {}
 
     def write(self) -> None:

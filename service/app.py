@@ -55,7 +55,7 @@ class _Gate:
         counted = getattr(resource, "counted", False)  # against the requests a minute
         if counted:
             self._limiter.count_address(req.env[accounts.ADDRESS])
-        caller = self._access.identify(req.env, scope)
+        caller = self._access.identify(req.env, req.env[accounts.ADDRESS], scope)
         req.env[accounts.CALLER] = caller
         if counted:
             self._limiter.count_key(caller)

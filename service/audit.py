@@ -4,7 +4,6 @@ import contextlib
 import errno
 import fcntl
 import hashlib
-import json
 import os
 import socket
 import stat
@@ -12,7 +11,6 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +30,13 @@ from service.audit_lines import (
     read_tail,
 )
 from service.errors import AuditUnwritable
+from service.json_text import render_time, to_json
 
 ROTATE_BYTES = 64 * 1024 * 1024
 KEEP_FILES = 32
 SYNC_INTERVAL_S = 1.0
 REFUSALS_A_MINUTE = 120  # some 60 MB a day, whoever wants to fill the log
 _CUT_CHARACTERS = 256  # of each fact, if a line would be too long
-
-_encode = json.JSONEncoder(separators=(",", ":"), default=str).encode
 
 
 class AuditLog:
@@ -69,7 +66,7 @@ class AuditLog:
         self._failure: OSError | None = None  # as long as it stands, nothing is written
         self._failed_for_good = False
         self._minute, self._refusals, self._refused_more = 0, 0, Counter[str]()
-        self._notes: deque[str] = deque(maxlen=1000)
+        self._notes: deque[bytes] = deque(maxlen=1000)
         self._stop, self._thread = threading.Event(), threading.Thread()
         self._folder_descriptor = -1
         try:
@@ -109,12 +106,11 @@ class AuditLog:
         try:
             self._write(_text(event, facts))
         except AuditUnwritable:
-            happened = datetime.fromtimestamp(self._clock(), UTC).isoformat(timespec="milliseconds")[:23]
-            self._notes.append(_text(event, {**facts, "happened": f"{happened}Z"}))
+            self._notes.append(_text(event, {**facts, "happened": render_time(self._clock())}))
             return False
         return True
 
-    def _write(self, text: str | None) -> None:
+    def _write(self, text: bytes | None) -> None:
         with self._lock:
             if self._failure is not None:
                 raise self._unwritable(self._failure) from self._failure
@@ -283,7 +279,7 @@ class AuditLog:
         self._use(path, self._create(path, os.O_EXCL | os.O_APPEND))
         os.fsync(self._folder_descriptor)
 
-    def _append(self, text: str) -> None:
+    def _append(self, text: bytes) -> None:
         if self._size and self._size + len(text) > self._rotate_bytes:
             # On the disk before the next file is: so what is torn is always in the newest, and known to the head.
             os.fsync(self._descriptor)
@@ -294,10 +290,10 @@ class AuditLog:
             self._drop = True
         self._put(text)
 
-    def _put(self, text: str) -> None:
+    def _put(self, text: bytes) -> None:
         """Writes one line with one call, or nothing."""
-        now = datetime.fromtimestamp(self._clock(), UTC).isoformat(timespec="milliseconds")[:23]
-        body = f'{{"seq":{self._seq + 1},"time":"{now}Z",{text},"prev":"{self._hash}"'.encode()
+        now, previous = render_time(self._clock()), self._hash.encode()
+        body = b'{"seq":%d,"time":"%b",%b,"prev":"%b"' % (self._seq + 1, now.encode(), text, previous)
         digest = hashlib.sha256(body).hexdigest()
         line = b'%b,"hash":"%b"}\n' % (body, digest.encode())
         try:
@@ -390,14 +386,15 @@ class AuditLog:
         self._minute, self._refusals = minute, 0
 
 
-def _text(event: str, facts: dict[str, Any]) -> str:
+def _text(event: str, facts: dict[str, Any]) -> bytes:
     """Event and facts as JSON without its braces."""
     facts = {name: value for name, value in facts.items() if value is not None}
     if not facts.keys().isdisjoint(("seq", "time", "prev", "hash")):
         raise ValueError("seq, time, prev and hash are the chain's own")
-    text = _encode({"event": event, **facts})[1:-1]
+    text = to_json({"event": event, **facts})[1:-1]
     if len(text) > LINE_BYTES - 512:
-        text = _encode({"event": event, **{name: str(value)[:_CUT_CHARACTERS] for name, value in facts.items()}})[1:-1]
+        cut = {name: str(value)[:_CUT_CHARACTERS] for name, value in facts.items()}
+        text = to_json({"event": event, **cut})[1:-1]
         if len(text) > LINE_BYTES - 512:
             raise ValueError(f"{len(facts)} facts are too many for one line")
     return text

@@ -75,17 +75,21 @@ class NodeStorage(Storage, MovingWindowSupport):
         """Adds to a counter, which begins at 0 and is forgotten ``expiry`` seconds later; returns what it is now."""
         if self._failure is not None:
             self.flush()  # raises it again, unless it is over
-        known = self.get(key)
+        known = self._amount(key)
         with self._lock:
             changed, _ = self._changes.get(key, (0, 0.0))
             self._changes[key] = (changed + amount, time.time() + expiry)
             if self._writer is None:
                 self._writer = threading.Thread(target=self._write_behind, name="counters", daemon=True)
                 self._writer.start()
-        self._changed.set()
+        if not self._changed.is_set():
+            self._changed.set()
         return known + amount
 
     def get(self, key: str) -> int:
+        return self._amount(key)
+
+    def _amount(self, key: str) -> int:
         with self._lock:
             if key in self._amounts:
                 return self._amounts[key] + self._changes.get(key, (0, 0.0))[0]

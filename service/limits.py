@@ -1,7 +1,7 @@
 """Owns what keys and addresses may use: requests a minute, generated tokens a day, requests at the same time.
 
 Each limit is counted for the key and for the address, in a storage of the library ``limits``: requests a minute in its
-moving window, tokens a day in its counters. This node's own is in ``counters.py``; one that several nodes share can
+moving windows, tokens a day in its counters. This node's own is in ``counters.py``; one that several nodes share can
 take its place.
 """
 
@@ -10,11 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
-
-from limits import RateLimitItemPerMinute
-from limits.storage import Storage
-from limits.strategies import MovingWindowRateLimiter
+from typing import NamedTuple, Protocol
 
 from service.access import Caller, identify_address
 from service.errors import FieldOutOfBounds, LimitReached, StateUnwritable
@@ -25,8 +21,7 @@ _DAY_S = 86_400
 _DAYS_KEPT = 2
 
 
-@dataclass(frozen=True)
-class _Subject:
+class _Subject(NamedTuple):
     """Somebody who is counted: ``kind`` is key or address, ``identity`` names the counters."""
 
     kind: str
@@ -34,8 +29,7 @@ class _Subject:
     limits: Limits
 
 
-@dataclass(frozen=True)
-class Use:
+class Use(NamedTuple):
     """What a subject has used of a limit and when that is reset, in seconds from now; for headers and ``/usage``."""
 
     policy: str
@@ -43,6 +37,18 @@ class Use:
     used: int
     window_s: int
     reset_s: float
+
+
+class SharedCounters(Protocol):
+    """What is asked of a storage of the library ``limits``; times are seconds since the epoch."""
+
+    def incr(self, key: str, expiry: int, amount: int = 1) -> int: ...
+
+    def get(self, key: str) -> int: ...
+
+    def acquire_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> bool: ...
+
+    def get_moving_window(self, key: str, limit: int, expiry: int) -> tuple[float, int]: ...
 
 
 class Limiter:
@@ -55,13 +61,12 @@ class Limiter:
     def __init__(
         self,
         address_limits: Limits,
-        counters: Storage,
+        counters: SharedCounters,
         predict_end_s: Callable[[str], float] = lambda identity: 1.0,
         clock: Callable[[], float] = time.time,
     ):
         self._address_limits, self._counters = address_limits, counters
         self._predict_end_s, self._clock = predict_end_s, clock
-        self._windows = MovingWindowRateLimiter(counters)
         self._lock = threading.Lock()
         self._parallel: Counter[str] = Counter()
         self._held: Counter[str] = Counter()  # tokens that running requests have reserved and may give back
@@ -109,25 +114,23 @@ class Limiter:
         most = subject.limits.requests_per_minute
         if most is None:
             return
-        item = RateLimitItemPerMinute(most)
-        if not self._windows.hit(item, subject.identity):
-            # The oldest request of the window leaves it then, and makes room for one.
-            reset_s, _ = self._windows.get_window_stats(item, subject.identity)
+        window = _window(subject)
+        if not self._counters.acquire_entry(window, most, _MINUTE_S):
+            oldest_s, _ = self._counters.get_moving_window(window, most, _MINUTE_S)
             raise LimitReached(
                 f"{subject.kind}_requests",
                 f"the {subject.kind} may send {most} requests a minute",
-                max(0.0, reset_s - self._clock()),
+                max(0.0, oldest_s + _MINUTE_S - self._clock()),  # it leaves the window then, and makes room for one
             )
 
     def _uses(self, subject: _Subject) -> list[Use]:
         found = []
         limits = subject.limits
-        if limits.requests_per_minute is not None:
-            item = RateLimitItemPerMinute(limits.requests_per_minute)
-            reset_s, left = self._windows.get_window_stats(item, subject.identity)
-            used = limits.requests_per_minute - left
-            wait_s = max(0.0, reset_s - self._clock())
-            found.append(Use(f"{subject.kind}-requests", limits.requests_per_minute, used, _MINUTE_S, wait_s))
+        most = limits.requests_per_minute
+        if most is not None:
+            oldest_s, used = self._counters.get_moving_window(_window(subject), most, _MINUTE_S)
+            wait_s = max(0.0, oldest_s + _MINUTE_S - self._clock())
+            found.append(Use(f"{subject.kind}-requests", most, used, _MINUTE_S, wait_s))
         if limits.tokens_per_day is not None:
             used = min(limits.tokens_per_day, self._counters.get(self._day_counter(subject.identity)))
             found.append(Use(f"{subject.kind}-tokens", limits.tokens_per_day, used, _DAY_S, self._to_midnight_s()))
@@ -218,6 +221,10 @@ class Lease:
                 limiter._settle()
             except StateUnwritable:
                 pass  # the next reservation tries again, and is refused as long as nothing can be counted
+
+
+def _window(subject: _Subject) -> str:
+    return f"requests/{subject.identity}"
 
 
 def _key_subject(caller: Caller) -> _Subject:

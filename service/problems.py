@@ -1,12 +1,12 @@
 """Owns the shape of every error that leaves the service: problem documents (RFC 9457), a closed list of kinds."""
 
-import json
 import math
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
 from service import errors
+from service.json_text import to_json
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -55,7 +55,7 @@ class Problem:
             "id": request_id,
             **self.more,
         }
-        return json.dumps(document).encode()
+        return to_json(document)
 
     @property
     def openai_status(self) -> int:
@@ -77,7 +77,7 @@ class Problem:
             "param": self.more.get("field"),
             "code": openai_code(self.kind),
         }
-        return json.dumps({"error": error}).encode()
+        return to_json({"error": error})
 
 
 def openai_code(kind: str) -> str:

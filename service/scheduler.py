@@ -232,8 +232,10 @@ class Scheduler:
     def _promote(self) -> None:
         """The owner with the fewest running goes next, of these the one whose last turn is longest ago."""
         while len(self._running) < self._slots and (ready := [one for one in self._waiting if one.work is not None]):
-            held = Counter(ticket.owner for ticket in self._running)
-            ticket = min(ready, key=lambda one: (held[one.owner], self._last_turn.get(one.owner, 0)))
+            ticket = ready[0]
+            if len(ready) > 1:
+                held = Counter(one.owner for one in self._running)
+                ticket = min(ready, key=lambda one: (held[one.owner], self._last_turn.get(one.owner, 0)))
             self._waiting.remove(ticket)
             self._turns += 1
             self._last_turn[ticket.owner] = self._turns

@@ -1,7 +1,6 @@
 """Owns the way from a request's bytes to a typed record: every field, its default and its bounds."""
 
 import json
-import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -148,12 +147,10 @@ def parse_number(document: dict[str, Any], name: str, bounds: Number) -> float:
         return bounds.default
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise RequestMalformed(f"{name}: must be a number")
-    kind = "a whole number" if bounds.whole else "a number"
-    bound = f"must be {kind} from {bounds.low:g} to {bounds.high:g}"
-    if isinstance(value, float) and not math.isfinite(value):
-        raise FieldOutOfBounds(name, bound)
+    # A number that is none (NaN) is not between any two.
     if not bounds.low <= value <= bounds.high or (bounds.whole and value != int(value)):
-        raise FieldOutOfBounds(name, bound)
+        kind = "a whole number" if bounds.whole else "a number"
+        raise FieldOutOfBounds(name, f"must be {kind} from {bounds.low:g} to {bounds.high:g}")
     return int(value) if bounds.whole else float(value)
 
 

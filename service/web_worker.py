@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from io import BytesIO
 from selectors import EVENT_READ
@@ -95,6 +95,8 @@ class WebWorker(ThreadWorker):
         self._deadlines = _Deadlines()
         self._current = threading.local()
         self._lines = Log()
+        # gunicorn asks for its settings some thirty times a request, by a search each; from here on they do not change.
+        vars(self.cfg).update({name: setting.get() for name, setting in self.cfg.settings.items()})
         threading.Thread(target=self._deadlines.watch, name="slow-clients", daemon=True).start()
         super().init_process()
 
@@ -201,11 +203,42 @@ class WebWorker(ThreadWorker):
         environ["CONTENT_LENGTH"] = str(len(body))
 
         def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
-            if any(name.lower() == "connection" and value.lower() == "close" for name, value in headers):
-                request.must_close = True
+            for name, value in headers:
+                match name.lower():
+                    case "connection" if value.lower() == "close":
+                        request.must_close = True
+                    case "content-length":
+                        _set_corked(client, True)
             return start_response(status, headers, exc_info)
 
-        return application(environ, start)
+        return _Uncorking(application(environ, start), client)
+
+
+class _Uncorking:
+    """A response's body; once it is written, what the kernel still holds back of it goes out.
+
+    gunicorn sends head and body by themselves, which costs both ends a segment and a wake-up more. A whole answer is
+    held back until it is all there; a streamed one, which has no length, never is.
+    """
+
+    def __init__(self, body: Iterable[bytes], client: socket.socket):
+        self._body, self._client = body, client
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._body)
+
+    def close(self) -> None:
+        _set_corked(self._client, False)
+        close = getattr(self._body, "close", None)
+        if close is not None:
+            close()
+
+
+def _set_corked(client: socket.socket, corked: bool) -> None:
+    try:
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, int(corked))
+    except OSError:
+        pass  # it has gone; whoever writes to it is told
 
 
 def _has_more(conn: TConn) -> bool:

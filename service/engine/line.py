@@ -5,35 +5,52 @@ A line has one user at a time at each end, so it needs no lock; the thread that 
 because every hand-over between threads would cost more than the message.
 """
 
-import json
 import select
 import socket
 import struct
-from multiprocessing.connection import Connection
 from typing import Any
 
+import orjson
+
 _LONGEST_SEND_S = 10
+_LENGTH = struct.Struct("!I")  # of the message that follows
+_LARGEST_MESSAGE_BYTES = 64 << 20  # many times the largest prompt
 
 
 class Line:
     """One end; every method raises EOFError or OSError once the other end is gone."""
 
     def __init__(self, descriptor: int):
-        self._connection = Connection(descriptor)
+        self._socket = socket.socket(fileno=descriptor)
         self._poll = select.poll()
         self._poll.register(descriptor, select.POLLIN)
 
     def send(self, **message: Any) -> None:
-        self._connection.send_bytes(json.dumps(message).encode())
+        """Sends what JSON can hold, and frozen records as objects."""
+        data = orjson.dumps(message)
+        self._socket.sendall(_LENGTH.pack(len(data)) + data)
 
     def receive(self, timeout_s: float | None = None) -> dict[str, Any] | None:
         """The next message, or None if none comes within the time; waits for ever without one."""
         if not self._poll.poll(None if timeout_s is None else timeout_s * 1000):
             return None
+        # Never a byte more than the message has: descriptors may lie behind it, and would be lost.
+        length = _LENGTH.unpack(self._receive(_LENGTH.size))[0]
+        if length > _LARGEST_MESSAGE_BYTES:
+            raise EOFError("the other end does not speak the protocol any more")
         try:
-            return dict(json.loads(self._connection.recv_bytes()))
+            return dict(orjson.loads(self._receive(length)))
         except (ValueError, TypeError) as error:
             raise EOFError("the other end does not speak the protocol any more") from error
+
+    def _receive(self, size: int) -> bytes:
+        data = self._socket.recv(size, socket.MSG_WAITALL)
+        while len(data) < size:  # a signal can cut it short, and so does the end
+            more = self._socket.recv(size - len(data), socket.MSG_WAITALL)
+            if not more:
+                raise EOFError("the other end is gone")
+            data += more
+        return data
 
     def has_input(self) -> bool:
         """Whether a message, or the end, is there to be read."""
@@ -41,42 +58,30 @@ class Line:
 
     def send_lines(self, descriptors: list[int]) -> None:
         """Hands ends of further lines over to the other process."""
-        with socket.socket(fileno=self._connection.fileno()) as end:
-            try:
-                socket.send_fds(end, [b"\x00"], descriptors)
-            finally:
-                end.detach()
+        socket.send_fds(self._socket, [b"\x00"], descriptors)
 
     def receive_lines(self, count: int) -> "list[Line]":
         """Takes what ``send_lines`` has handed over.
 
         Sending on them is bounded in time: a frozen process must not hold the sender of a large prompt for ever.
         """
-        with socket.socket(fileno=self._connection.fileno()) as end:
-            try:
-                _, descriptors, _, _ = socket.recv_fds(end, 1, count)
-            finally:
-                end.detach()
+        _, descriptors, _, _ = socket.recv_fds(self._socket, 1, count)
         if len(descriptors) != count:
             raise EOFError(f"{len(descriptors)} lines came where {count} were announced")
-        for descriptor in descriptors:
-            with socket.socket(fileno=descriptor) as line:
-                line.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _LONGEST_SEND_S, 0))
-                line.detach()
-        return [Line(descriptor) for descriptor in descriptors]
+        lines = [Line(descriptor) for descriptor in descriptors]
+        for line in lines:
+            line._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _LONGEST_SEND_S, 0))
+        return lines
 
     def hang_up(self) -> None:
         """Ends the line in both directions, which wakes up whoever waits at either end."""
-        with socket.socket(fileno=self._connection.fileno()) as end:
-            try:
-                end.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass  # ended already
-            finally:
-                end.detach()
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # ended already
 
     def close(self) -> None:
-        self._connection.close()
+        self._socket.close()
 
 
 def line_pair() -> tuple[Line, int]:

@@ -198,7 +198,7 @@ class EngineProcess:
             raise Unavailable("queue_timeout", "the engine is counting other prompts", 2.0)
         over_before = life.over
         try:
-            life.counting.send(type="count", messages=[asdict(message) for message in messages])
+            life.counting.send(type="count", messages=messages)
             answer = life.counting.receive(timeout_s)
         except (EOFError, OSError) as error:
             raise self.lost(life, begun=not over_before) from error
@@ -226,7 +226,12 @@ class EngineProcess:
                 raise EngineLost(life.reason, begun=False) from error
             raise EngineFailed("more generations were started than the engine has slots") from error
         try:
-            line.send(type="generate", **asdict(request))
+            line.send(
+                type="generate",
+                messages=request.messages,
+                max_tokens=request.max_tokens,
+                sampling=request.sampling,
+            )
         except OSError as error:
             raise self.lost(life, begun=False) from error
         return Stream(self, life, line, self._stall_timeout_s)

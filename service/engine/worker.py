@@ -15,7 +15,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +101,7 @@ class Worker:
             _send(self._control, type="failed", reason=" ".join(reason.split()))
             return
         ours, theirs = zip(*pairs, strict=True)
-        _send(self._control, type="ready", description=asdict(description), speed=asdict(speed))
+        _send(self._control, type="ready", description=description, speed=speed)
         self._control.send_lines(list(theirs))
         for descriptor in theirs:
             os.close(descriptor)
@@ -181,7 +180,7 @@ def _generate(engine: Engine, line: Line, message: dict[str, Any]) -> None:
         )
         # While a slot works its line brings nothing but a cancel, or its end.
         done = engine.generate(request, on_piece, on_prefill, cancelled=line.has_input)
-        _send(line, type="done", completion=asdict(done))
+        _send(line, type="done", completion=done)
     except Exception as error:  # told to the one request it belongs to
         _send(line, type="failed", error=_describe(error))
 

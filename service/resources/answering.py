@@ -1,6 +1,5 @@
 """Owns how a generation becomes an HTTP answer, whole or as server-sent events; the shape of its documents is given."""
 
-import json
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
@@ -13,6 +12,7 @@ from service.audit import AuditLog
 from service.connection import ClientWatch
 from service.errors import MediaTypeUnsupported, ServiceError
 from service.generation import Generation, Generator, Text
+from service.json_text import to_json
 from service.schema import GenerateRequest, parse_deadline, parse_json
 
 _COMMENT_EVERY_S = 5.0  # well below the idle timeouts of usual proxies (60 s)
@@ -91,7 +91,8 @@ class Answerer:
                 generation.close()
             finally:
                 _tell_facts(environ, generation)
-        resp.media = shape.whole(generation, "".join(texts))
+        resp.content_type = falcon.MEDIA_JSON
+        resp.data = to_json(shape.whole(generation, "".join(texts)))
 
 
 def _tell_facts(environ: dict[str, Any], generation: Generation) -> None:
@@ -153,7 +154,7 @@ class _EventStream:
             yield self._sent(shape.failure(problem))
 
     def _data(self, document: dict[str, Any]) -> bytes:
-        return self._sent(b"data: " + json.dumps(document, ensure_ascii=False).encode() + b"\n\n")
+        return self._sent(b"data: " + to_json(document) + b"\n\n")
 
     def _sent(self, event: bytes) -> bytes:
         self._last_byte_s = time.monotonic()

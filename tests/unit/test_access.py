@@ -97,11 +97,11 @@ def test_direct_requests(change: dict[str, str], direct: bool) -> None:
 def test_without_keys_only_direct_requests_are_served() -> None:
     """Authentication that is off holds for direct requests; through a proxy there is no way in, trusted or not."""
     access = Access(None, (ip_network("127.0.0.0/8"),))
-    caller = access.identify(LOCAL, "generate")
+    caller = access.identify(LOCAL, "127.0.0.1", "generate")
     assert (caller.name, caller.address) == ("local", "127.0.0.1")
     for more in ({"HTTP_X_FORWARDED_FOR": "127.0.0.1"}, {"HTTP_VIA": "1.1 x"}, {"HTTP_HOST": "llm.example.org"}):
         with pytest.raises(Unauthenticated):
-            access.identify({**LOCAL, **more}, "generate")
+            access.identify({**LOCAL, **more}, "127.0.0.1", "generate")
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def keyed(tmp_path: Path) -> tuple[Access, dict[str, str]]:
 
 def ask(access: Access, scope: str, header: str | None, **more: str) -> str:
     environ: dict[str, Any] = {**LOCAL, **more} | ({} if header is None else {"HTTP_AUTHORIZATION": header})
-    return access.identify(environ, scope).name
+    return access.identify(environ, access.address(environ), scope).name
 
 
 def test_scopes(keyed: tuple[Access, dict[str, str]]) -> None:

@@ -185,8 +185,8 @@ def test_errors_in_openais_shape() -> None:
     problem = describe_error(caught.value)
     assert (problem.status, problem.openai_status) == (422, 400)
     body = problem.openai_body()
-    for part in (b'"type": "invalid_request_error"', b'"param": "temperature"', b'"code": "invalid_value"'):
+    for part in (b'"type":"invalid_request_error"', b'"param":"temperature"', b'"code":"invalid_value"'):
         assert part in body
     with pytest.raises(ModelUnknown) as unknown:
         chat(model="gpt-4")
-    assert b'"code": "model_not_found"' in describe_error(unknown.value).openai_body()
+    assert b'"code":"model_not_found"' in describe_error(unknown.value).openai_body()
