@@ -25,7 +25,7 @@ _ADD = (
     "INSERT INTO counters VALUES (?, ?, ?) ON CONFLICT (name) DO UPDATE SET amount = amount + excluded.amount"
     " RETURNING amount"
 )
-_MOST_WINDOWS = 100_000  # addresses cost nothing, memory does; beyond it the window that was longest not asked for goes
+_MOST_WINDOWS = 100_000  # addresses cost nothing, memory does; beyond it the one that longest took no entry goes
 
 
 class NodeStorage(Storage, MovingWindowSupport):
@@ -48,7 +48,7 @@ class NodeStorage(Storage, MovingWindowSupport):
         self._changed, self._closed = threading.Event(), False
         self._writer: threading.Thread | None = None
         self._windows_lock = threading.Lock()
-        self._windows: dict[str, deque[float]] = {}  # times of requests, in the order in which keys were last asked for
+        self._windows: dict[str, deque[float]] = {}  # times of requests, in the order in which keys last took an entry
         try:
             self._database = sqlite3.connect(
                 path, timeout=_LONGEST_WAIT_S, isolation_level=None, check_same_thread=False
@@ -176,9 +176,11 @@ class NodeStorage(Storage, MovingWindowSupport):
         """When the oldest entry of a key's window was taken (seconds since the epoch), and how many there are."""
         now_s = time.time()
         with self._windows_lock:
-            window = self._window(key, now_s - expiry)
-            if window:
-                self._windows[key] = window
+            window = self._windows.get(key)
+            if window is None or window[0] < now_s - expiry:
+                window = self._window(key, now_s - expiry)
+                if window:
+                    self._windows[key] = window
             return (window[0], len(window)) if window else (now_s, 0)
 
     def _window(self, key: str, since_s: float) -> "deque[float]":

@@ -83,6 +83,10 @@ class Line:
     def close(self) -> None:
         self._socket.close()
 
+    def __del__(self) -> None:
+        # Whoever ends a life hangs its lines up; closed sooner, a number could be another file's while a thread waits.
+        self._socket.close()
+
 
 def line_pair() -> tuple[Line, int]:
     """A line for this process and the descriptor of its other end, to be handed over and then closed here."""
