@@ -2,6 +2,7 @@
 
 import json
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any
 
 import orjson
@@ -18,4 +19,10 @@ def to_json(document: Any) -> bytes:
 
 def render_time(time_s: float) -> str:
     """Seconds since the epoch as the logs tell them: UTC, with milliseconds."""
-    return datetime.fromtimestamp(time_s, UTC).isoformat(timespec="milliseconds")[:23] + "Z"
+    second = int(time_s)
+    return f"{_render_second(second)}.{int((time_s - second) * 1000):03}Z"
+
+
+@lru_cache(maxsize=1)
+def _render_second(second: int) -> str:
+    return datetime.fromtimestamp(second, UTC).isoformat()[:19]

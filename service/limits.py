@@ -8,7 +8,7 @@ take its place.
 import math
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -68,9 +68,9 @@ class Limiter:
         self._address_limits, self._counters = address_limits, counters
         self._predict_end_s, self._clock = predict_end_s, clock
         self._lock = threading.Lock()
-        self._parallel: Counter[str] = Counter()
-        self._held: Counter[str] = Counter()  # tokens that running requests have reserved and may give back
-        self._unsettled: Counter[str] = Counter()  # corrections by counter that could not be written yet
+        self._parallel: defaultdict[str, int] = defaultdict(int)
+        self._held: defaultdict[str, int] = defaultdict(int)  # tokens that running requests reserved and may give back
+        self._unsettled: defaultdict[str, int] = defaultdict(int)  # corrections that could not be written yet
 
     def count_address(self, address: str) -> None:
         """Counts a request before it is known whose it is. Raises LimitReached."""
@@ -86,13 +86,14 @@ class Limiter:
         with self._lock:
             for subject in subjects:
                 most = subject.limits.parallel
-                if most is not None and self._parallel[subject.identity] >= most:
+                if most is not None and self._parallel.get(subject.identity, 0) >= most:
                     raise LimitReached(
                         f"{subject.kind}_parallel",
                         f"the {subject.kind} may have {most} requests at the same time",
                         max(1.0, self._predict_end_s(subject.identity)),
                     )
-            self._parallel.update(subject.identity for subject in subjects)
+            for subject in subjects:
+                self._parallel[subject.identity] += 1
         return Lease(self, subjects)
 
     def uses(self, caller: Caller) -> list[Use]:
@@ -158,7 +159,7 @@ class Limiter:
         used = self._counters.incr(counter, _DAYS_KEPT * _DAY_S, tokens)
         if most is not None and used > most:
             left = max(0, most - self._counters.incr(counter, _DAYS_KEPT * _DAY_S, -tokens))
-            held = self._held[subject.identity]
+            held = self._held.get(subject.identity, 0)
             wait_s = self._predict_end_s(subject.identity) if tokens <= left + held else self._to_midnight_s()
             raise LimitReached(
                 f"{subject.kind}_tokens",
@@ -171,7 +172,8 @@ class Limiter:
 
     def _settle(self) -> None:
         """Writes corrections, of requests that have ended, to their counters; called with the lock held."""
-        for counter, tokens in list(self._unsettled.items()):
+        while self._unsettled:
+            counter, tokens = next(iter(self._unsettled.items()))
             self._counters.incr(counter, _DAYS_KEPT * _DAY_S, tokens)
             del self._unsettled[counter]
 
@@ -208,19 +210,24 @@ class Lease:
                 return
             self._released = True
             for subject in self._subjects:
-                limiter._parallel[subject.identity] -= 1
-                if limiter._parallel[subject.identity] <= 0:
-                    del limiter._parallel[subject.identity]
+                _take(limiter._parallel, subject.identity, 1)
             for identity, counter in self._reserved:
-                limiter._held[identity] -= self._tokens
-                if limiter._held[identity] <= 0:
-                    del limiter._held[identity]
+                _take(limiter._held, identity, self._tokens)
                 if tokens_used != self._tokens:
                     limiter._unsettled[counter] += tokens_used - self._tokens
             try:
                 limiter._settle()
             except StateUnwritable:
                 pass  # the next reservation tries again, and is refused as long as nothing can be counted
+
+
+def _take(counts: dict[str, int], identity: str, amount: int) -> None:
+    """Lowers a count, and forgets whoever has none left."""
+    left = counts[identity] - amount
+    if left > 0:
+        counts[identity] = left
+    else:
+        del counts[identity]
 
 
 def _window(subject: _Subject) -> str:
