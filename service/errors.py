@@ -54,6 +54,13 @@ class FieldOutOfBounds(ServiceError):
         self.bound = bound
 
 
+class BodyLate(ServiceError):
+    """The body did not arrive in time (408)."""
+
+    def __init__(self, timeout_s: float):
+        super().__init__(f"the request did not arrive within {timeout_s:g} s")
+
+
 class BodyTooLarge(ServiceError):
     """The body exceeds the limit in bytes (413)."""
 

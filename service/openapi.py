@@ -24,7 +24,7 @@ _ERRORS: dict[int, tuple[str, tuple[str, ...]]] = {
     401: ("no valid key; where keys are off: not a direct request from the machine itself", ("unauthenticated",)),
     403: ("the key's scopes do not hold this", ("forbidden",)),
     404: ("another model is served", ("model-unknown",)),
-    408: ("the request did not arrive in time", ()),
+    408: ("the body did not arrive in time", ("request-timeout",)),
     413: ("the body is too large", ("body-too-large",)),
     414: ("the request line is too long", ()),
     415: ("the body is not declared as JSON", ("unsupported-media-type",)),
@@ -46,7 +46,7 @@ _ERRORS: dict[int, tuple[str, tuple[str, ...]]] = {
     ),
 }
 # The web server says these before it knows the path: in the shape of a problem, on OpenAI's paths too.
-_BEFORE_THE_PATH = (400, 408, 414, 417, 431, 501)
+_BEFORE_THE_PATH = (400, 414, 417, 431, 501)
 _EVERYWHERE = (*_BEFORE_THE_PATH, 500)
 _HEADERS: dict[str, Schema] = {
     "X-Request-Id": {
@@ -126,7 +126,7 @@ def build_openapi(settings: Settings, model: Description | None) -> Schema:
 
 
 def _text_paths(keys_required: bool, model: Description | None) -> Schema:
-    errors = (*_EVERYWHERE, *_key_errors(keys_required), 413, 415, 429)
+    errors = (*_EVERYWHERE, *_key_errors(keys_required), 408, 413, 415, 429)
     named = {"model": "starter" if model is None else model.model}
 
     def post(identity: str, summary: str, body: str, example: Schema, answer: Schema, errors: Schema) -> Schema:

@@ -100,6 +100,8 @@ def describe_error(error: Exception) -> Problem:
             return Problem(400, "unsupported-field", detail, {"field": error.field})
         case errors.RequestMalformed():
             return Problem(400, "malformed", detail, {})
+        case errors.BodyLate():
+            return describe_status(408, detail)
         case errors.BodyTooLarge():
             return Problem(413, "body-too-large", detail, {"limit_bytes": error.limit_bytes})
         case errors.MediaTypeUnsupported():

@@ -2,8 +2,8 @@
 
 - A connection that has sent nothing yet waits in the poller and holds no thread.
 - Headers and body must be there within ``header_timeout_s`` and ``body_timeout_s``: a watchdog then shuts the socket's
-  receiving half, which wakes the thread that reads it. The body is read before the application starts, and with
-  it ends the deadline; a client that leaves later is the application's to notice.
+  receiving half, which wakes the thread that reads it. The body is read when the application asks for it, and with it
+  ends the deadline; a client that leaves later is the application's to notice.
 - An application's ``Connection: close`` is honoured (WSGI has no other way to say it).
 """
 
@@ -25,6 +25,7 @@ from gunicorn.workers.gthread import TConn, ThreadWorker
 
 from service import problems
 from service.accounts import Log
+from service.errors import BodyLate, RequestMalformed
 
 _WATCH_EVERY_S = 0.25
 _LINGER_S = 0.5
@@ -102,7 +103,7 @@ class WebWorker(ThreadWorker):
 
     def load_wsgi(self) -> None:
         super().load_wsgi()
-        self.wsgi = partial(self._read_body_first, self.wsgi)
+        self.wsgi = partial(self._lend_body, self.wsgi)
 
     def accept(self, listener: socket.socket) -> None:
         """As in ThreadWorker, but a new connection gets a thread only once it has sent something."""
@@ -171,38 +172,16 @@ class WebWorker(ThreadWorker):
         self._lines.write("bad-request", id=request_id, status=status, error=error)
         self.on_bad_request(status)
 
-    def _read_body_first(
+    def _lend_body(
         self, application: Callable[..., Iterable[bytes]], environ: dict[str, Any], start_response: Callable[..., Any]
     ) -> Iterable[bytes]:
         request, client = self._current.request, environ["gunicorn.socket"]
-        expired = False
-        try:
-            body = environ["wsgi.input"].read(self.body_limit_bytes + 1)
-        except http_errors.NoMoreData:
-            # Either the deadline shut the socket, or the client did: only the first gets an answer.
-            if not self._deadlines.end(client):
-                raise
-            expired, body = True, b""
-        expired = self._deadlines.end(client) or expired
-        length = environ.get("CONTENT_LENGTH")
-        if length is not None and len(body) < min(int(length), self.body_limit_bytes + 1):
-            expired = True  # gunicorn's body reader takes the end of the stream for the end of the body
-        if expired:
-            request.must_close = True
-            problem = problems.describe_status(408, f"the request did not arrive within {self.body_timeout_s:g} s")
-            request_id = uuid.uuid4().hex
-            self._note_bad_request(request_id, 408, "Timeout")
-            document = problem.body(request_id)
-            headers = [("Content-Type", problems.MEDIA_TYPE), ("Content-Length", str(len(document)))]
-            headers.append(("X-Request-Id", request_id))
-            start_response("408 Request Timeout", headers)
-            return [document]
-        if len(body) > self.body_limit_bytes:
-            request.must_close = True
-        environ["wsgi.input"] = BytesIO(body)
-        environ["CONTENT_LENGTH"] = str(len(body))
+        body = environ["wsgi.input"] = _Body(self, request, client, environ)
 
         def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
+            if not body.is_over():
+                # What the client still sends is not waited for: this thread is there for others.
+                request.must_close = True
             for name, value in headers:
                 match name.lower():
                     case "connection" if value.lower() == "close":
@@ -212,6 +191,58 @@ class WebWorker(ThreadWorker):
             return start_response(status, headers, exc_info)
 
         return _Uncorking(application(environ, start), client)
+
+
+class _Body:
+    """``wsgi.input``: read as a whole when the application first asks, and with it ends the deadline.
+
+    An application that does not ask, because it knows the client for nobody, holds no thread for a body that may
+    never come.
+    """
+
+    def __init__(self, worker: WebWorker, request: Any, client: socket.socket, environ: dict[str, Any]):
+        self._worker, self._request, self._client = worker, request, client
+        self._source = environ["wsgi.input"]
+        length = environ.get("CONTENT_LENGTH")
+        chunked = "HTTP_TRANSFER_ENCODING" in environ
+        self._length = int(length) if length and not chunked else None
+        self._data: BytesIO | None = None
+        if not self._length and not chunked:
+            self._data = BytesIO()
+            worker._deadlines.end(client)
+
+    def is_over(self) -> bool:
+        """Whether the next request begins where the connection stands, or the rest of this one is there already."""
+        if self._data is not None or self._length is None:
+            return self._data is not None
+        return len(self._request.unreader.buf.getvalue()) >= self._length
+
+    def read(self, size: int = -1) -> bytes:
+        """The next bytes; never more than one beyond the limit of bodies. Raises BodyLate."""
+        if self._data is None:
+            self._data = BytesIO(self._read_all())
+        return self._data.read(size)
+
+    def _read_all(self) -> bytes:
+        worker, most = self._worker, self._worker.body_limit_bytes + 1
+        late, body = False, b""
+        try:
+            body = self._source.read(most)
+        except http_errors.NoMoreData:
+            # Either the deadline shut the socket, or the client did: only the first gets an answer.
+            if not worker._deadlines.end(self._client):
+                raise
+            late = True
+        except http_errors.ParseException as error:  # in a chunk or behind the last
+            raise RequestMalformed("the body is not valid HTTP") from error
+        late = worker._deadlines.end(self._client) or late
+        if self._length is not None and len(body) < min(self._length, most):
+            late = True  # gunicorn's body reader takes the end of the stream for the end of the body
+        if late or len(body) == most:
+            self._request.must_close = True
+        if late:
+            raise BodyLate(worker.body_timeout_s)
+        return body
 
 
 class _Uncorking:

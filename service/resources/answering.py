@@ -52,11 +52,11 @@ class Answerer:
         self.generator, self._audit, self.log = generator, audit, log
 
     def read(self, req: falcon.Request) -> dict[str, Any]:
-        """The request's body. Raises MediaTypeUnsupported, BodyTooLarge or RequestMalformed."""
+        """The request's body. Raises MediaTypeUnsupported, BodyLate, BodyTooLarge or RequestMalformed."""
         if falcon.mediatypes.parse_header(req.content_type or "")[0].lower() != "application/json":
             raise MediaTypeUnsupported("the body must be declared as Content-Type: application/json")
         limit_bytes = self.generator.settings.body_limit_bytes
-        return parse_json(req.bounded_stream.read(limit_bytes + 1), limit_bytes)
+        return parse_json(req.stream.read(limit_bytes + 1), limit_bytes)
 
     def answer(self, req: falcon.Request, resp: falcon.Response, request: GenerateRequest, shape: Shape) -> None:
         """Admits the request, notes that in the audit log, and makes the response; raises what refuses it."""

@@ -253,6 +253,7 @@ EXAMPLES: dict[type[ServiceError], list[ServiceError]] = {
     errors.FieldUnsupported: [errors.FieldUnsupported("seed", "there is none")],
     errors.FieldOutOfBounds: [errors.FieldOutOfBounds("top_k", "must be less")],
     errors.BodyTooLarge: [errors.BodyTooLarge(5)],
+    errors.BodyLate: [errors.BodyLate(2.5)],
     errors.SettingsInvalid: [errors.SettingsInvalid(["wrong"])],
     errors.EngineLost: [errors.EngineLost("gone")],
 }
