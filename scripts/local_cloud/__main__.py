@@ -1,0 +1,112 @@
+"""Owns the command line of the local cloud: ``run`` (in the foreground) and ``clean``."""
+
+import argparse
+import json
+import logging
+import signal
+import sys
+import threading
+from ipaddress import IPv4Network
+from pathlib import Path
+
+from scripts.local_cloud.api.errors import InvalidInput
+from scripts.local_cloud.cloud import CloudSettings, clean, running_cloud
+from scripts.local_cloud.machine_interface import MachineFailed
+from scripts.local_cloud.machines.host import HostUnfit
+from scripts.local_cloud.machines.machines import DEFAULT_CACHE, DEFAULT_RANGE
+from scripts.local_cloud.store import StoreUnusable
+from scripts.local_cloud.watch import changes, describe
+
+_DEFAULT_STATE = Path("/var/lib/mini-llm/local_cloud")
+_LOOK_EVERY_S = 0.5
+
+
+def main(arguments: list[str]) -> int:
+    """Runs one command; tells an error in one line, and 1 as the exit code."""
+    options = _parse(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        if options.command == "clean":
+            clean(options.state, options.cache, options.addresses, _say)
+            print(f"nothing is left of the local cloud in {options.state}")
+            return 0
+        return _run(options)
+    except (HostUnfit, MachineFailed, StoreUnusable, InvalidInput) as error:
+        print(f"error: {error}", file=sys.stderr)
+    except json.JSONDecodeError as error:
+        print(f"error: {options.faults} is not JSON: {error}", file=sys.stderr)
+    except OSError as error:
+        place = f" ({error.filename})" if error.filename else f" (port {options.port})"
+        print(f"error: {error.strerror}{place}", file=sys.stderr)
+    return 1
+
+
+def _run(options: argparse.Namespace) -> int:
+    settings = CloudSettings(
+        state=options.state,
+        cache=options.cache,
+        port=options.port,
+        token=options.token,
+        addresses=options.addresses,
+        requests_per_hour=options.requests_per_hour,
+        plan=options.faults,
+        old_clients=options.old_clients,
+    )
+    stopping = threading.Event()
+
+    def stop(number: int, frame: object) -> None:
+        if not stopping.is_set():
+            _say("stopping: servers are shut down; disks and snapshots stay")
+        stopping.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, stop)
+    with running_cloud(settings, _say) as cloud:
+        page = cloud.endpoint.removesuffix("v1")
+        print(f"# the local cloud runs; look at it on {page}, end it with Ctrl-C", flush=True)
+        print(f"# consoles: {options.state}/consoles, calls: {options.state}/calls.jsonl", flush=True)
+        print(f"export HCLOUD_ENDPOINT={cloud.endpoint}", flush=True)
+        print(f"export HCLOUD_TOKEN={settings.token}", flush=True)
+        seen = describe(cloud.project)
+        while not stopping.wait(_LOOK_EVERY_S):
+            now = describe(cloud.project)
+            for line in changes(seen, now):
+                print(line, flush=True)
+            seen = now
+    _say("stopped")
+    return 0
+
+
+def _say(line: str) -> None:
+    print(f"# {line}", flush=True)
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.local_cloud", description="A Hetzner-compatible cloud on this machine; needs root."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, what in (
+        ("run", "run the cloud in the foreground until Ctrl-C"),
+        ("clean", "remove servers, snapshots and all that a cloud has left"),
+    ):
+        command = commands.add_parser(name, help=what, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        command.add_argument("--state", type=Path, default=_DEFAULT_STATE, help="where disks and snapshots lie")
+        command.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="where the base image is kept")
+        command.add_argument(
+            "--addresses", type=IPv4Network, default=IPv4Network(DEFAULT_RANGE), help="public IPv4 addresses of servers"
+        )
+        command.set_defaults(port=0, faults=None)
+        if name == "run":
+            command.add_argument("--port", type=int, default=8899, help="port on 127.0.0.1")
+            command.add_argument("--token", default="local", help="the token that clients send")
+            command.add_argument("--requests-per-hour", type=int, default=3600, help="before 429")
+            command.add_argument("--faults", type=Path, help="a plan of faults, as JSON")
+            command.add_argument(
+                "--old-clients", action="store_true", help="answer fields that the API removed in 2026 (Packer's 1.0.5)"
+            )
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

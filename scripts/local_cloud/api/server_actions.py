@@ -1,0 +1,152 @@
+"""Owns what can be done to a server: the paths below ``/servers/{id}/actions``."""
+
+from collections.abc import Callable
+from typing import Any
+
+import falcon
+
+from scripts.local_cloud.api.actions import Step
+from scripts.local_cloud.api.bodies import Fields, read_fields
+from scripts.local_cloud.api.errors import Protected, Unsupported
+from scripts.local_cloud.api.images import begin_snapshot, check_image, find_image, name_for_machines
+from scripts.local_cloud.api.project import Project
+from scripts.local_cloud.api.servers import make_password, read_user_data
+
+Document = dict[str, Any]
+Respond = Callable[[Project, Fields, Document], Document]  # to a request about this server's record
+
+# Actions of the real API that this local cloud does not have yet.
+_ABSENT = (
+    "add_to_placement_group",
+    "attach_iso",
+    "attach_to_network",
+    "change_alias_ips",
+    "change_dns_ptr",
+    "change_type",
+    "detach_from_network",
+    "detach_iso",
+    "disable_backup",
+    "disable_rescue",
+    "enable_backup",
+    "enable_rescue",
+    "remove_from_placement_group",
+    "request_console",
+    "reset_password",
+)
+
+
+def _begin(
+    project: Project, server: Document, command: str, work: Callable[[int], None], status: str | None = None
+) -> Document:
+    """Begins an action that holds the server, which has this status meanwhile."""
+    server_id, life = server["id"], project.life
+    step = Step(command, (("server", server_id),), lambda: work(server_id), lambda: life.settle(server_id))
+    project.actions.require_free(("server", server_id))
+    if status is not None:
+        project.store.change("server", server_id, status=status)
+    return {"action": project.actions.begin([step], hold=[("server", server_id)])[0]}
+
+
+def _power_on(project: Project, fields: Fields, server: Document) -> Document:
+    status = None if server["status"] == "running" else "starting"
+    return _begin(project, server, "start_server", project.life.start, status)
+
+
+def _power_off(project: Project, fields: Fields, server: Document) -> Document:
+    status = None if server["status"] == "off" else "stopping"
+    return _begin(project, server, "stop_server", project.life.power_off, status)
+
+
+def _shutdown(project: Project, fields: Fields, server: Document) -> Document:
+    return _begin(project, server, "shutdown_server", project.life.press_button)
+
+
+def _reboot(project: Project, fields: Fields, server: Document) -> Document:
+    return _begin(project, server, "reboot_server", project.life.reboot)
+
+
+def _reset(project: Project, fields: Fields, server: Document) -> Document:
+    return _begin(project, server, "reset_server", project.life.reset)
+
+
+def _create_image(project: Project, fields: Fields, server: Document) -> Document:
+    kind = fields.one_of("type", ("snapshot", "backup")) or "snapshot"
+    description, labels = fields.text("description"), fields.labels() or {}
+    fields.check()
+    if kind == "backup":
+        raise Unsupported("this local cloud does not have backups yet: make a snapshot")
+    project.actions.require_free(("server", server["id"]))
+    return begin_snapshot(project, server, description, labels)
+
+
+def _rebuild(project: Project, fields: Fields, server: Document) -> Document:
+    reference = fields.reference("image", required=True)
+    values: Document = {"user_data": read_user_data(fields)} if fields.has("user_data") else {}
+    image = find_image(project, reference) if reference is not None else None
+    if reference is not None:
+        check_image(fields, image, server["primary_disk_size"])
+    fields.check()
+    if server["protection"]["rebuild"]:
+        raise Protected(f"server with ID {server['id']} is protected against a rebuild")
+    password = None if server["public_keys"] else make_password()
+    values.update(image_id=image["id"], root_password=password)
+    server_id, life, source = server["id"], project.life, name_for_machines(image)
+    project.actions.require_free(("server", server_id))
+    project.store.change("server", server_id, status="rebuilding")
+    step = Step(
+        "rebuild_server",
+        (("server", server_id),),
+        lambda: life.rebuild(server_id, source, **values),
+        lambda: life.settle(server_id),
+    )
+    action = project.actions.begin([step], hold=[("server", server_id)], use=[("image", image["id"])])[0]
+    return {"action": action, "root_password": password}
+
+
+def _change_protection(project: Project, fields: Fields, server: Document) -> Document:
+    protection = {name: fields.flag(name, server["protection"][name]) for name in ("delete", "rebuild")}
+    if protection["delete"] != protection["rebuild"]:
+        fields.blame("rebuild", "delete and rebuild must have the same value")
+    fields.check()
+    server_id = server["id"]
+
+    def protect() -> None:
+        project.store.change("server", server_id, protection=protection)
+
+    return {"action": project.actions.begin([Step("change_protection", (("server", server_id),), protect)])[0]}
+
+
+def _refuse(project: Project, fields: Fields, server: Document) -> Document:
+    raise Unsupported("this local cloud does not have this action yet")
+
+
+_RESPONDERS: dict[str, Respond] = {
+    "poweron": _power_on,
+    "poweroff": _power_off,
+    "shutdown": _shutdown,
+    "reboot": _reboot,
+    "reset": _reset,
+    "rebuild": _rebuild,
+    "create_image": _create_image,
+    "change_protection": _change_protection,
+    **dict.fromkeys(_ABSENT, _refuse),
+}
+
+
+class _ServerAction:
+    """One path: finds the server and lets ``respond`` do the rest, in one transaction."""
+
+    def __init__(self, project: Project, respond: Respond):
+        self._project, self._respond = project, respond
+
+    def on_post(self, req: falcon.Request, resp: falcon.Response, resource_id: int) -> None:
+        fields = read_fields(req)  # before the transaction: a slow sender must not hold up all others
+        with self._project.store.transaction():
+            resp.media = self._respond(self._project, fields, self._project.find("server", resource_id))
+        resp.status = falcon.HTTP_201
+
+
+def add_routes(app: falcon.App, prefix: str, project: Project) -> None:
+    """Adds the routes."""
+    for name, respond in _RESPONDERS.items():
+        app.add_route(f"{prefix}/servers/{{resource_id:int}}/actions/{name}", _ServerAction(project, respond))

@@ -1,0 +1,1 @@
+"""Owns the machines of the local cloud: Debian servers as system containers of this host."""

@@ -1,0 +1,201 @@
+"""Owns the storage of disks and images: copy-on-write in a btrfs file that grows, or plain directories without it."""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from scripts.local_cloud.machine_interface import MachineFailed, PoolFull
+from scripts.local_cloud.machines.host import HostUnfit, check_pool_tools, run, succeeds
+
+GIB = 1024**3
+_FIRST_SIZE = 4 * GIB
+_STEP = 4 * GIB
+_LOW = 2 * GIB  # a server can write a GiB before the watcher looks again
+_HOST_RESERVE = 2 * GIB  # a full host would turn the pool's file system read-only under running servers
+_COPY_TIMEOUT_S = 1800.0
+_BUSY_TIMEOUT_S = 3.0
+
+
+def grown_size(size: int, free: int, host_free: int) -> int | None:
+    """The next size of a pool of ``size`` bytes, or None if it is large enough; raises PoolFull without room for it.
+
+    All in bytes; ``free`` is what the pool's own file system has left, ``host_free`` what the host's has.
+    """
+    if free >= _LOW and host_free > _HOST_RESERVE:
+        return None
+    step = min(_STEP, host_free - _HOST_RESERVE - free)
+    if step < GIB // 4:
+        raise PoolFull(
+            f"the disk is full: {host_free / 1e9:.1f} GB are free beside the pool, of which {_HOST_RESERVE / 1e9:.1f} "
+            "stay with the host; delete servers, snapshots or other files"
+        )
+    return size + step
+
+
+class Pool:
+    """Directories by name under ``state/pool``: ``base/…``, ``servers/…``, ``images/…``; copies cost nothing on btrfs.
+
+    Safe for use by several threads.
+    """
+
+    def __init__(self, state: Path, log: Callable[[str], None]) -> None:
+        self.root = state / "pool"
+        self._file = state / "pool.img"
+        self._unfinished_file = state / "pool.unfinished"
+        self._log = log
+        self._growing = threading.Lock()
+        self._copy_on_write = False
+
+    def open(self) -> None:
+        """Mounts the pool, made first if there is none; raises MachineFailed, or HostUnfit if a tool is missing."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        self._copy_on_write = self._file.exists() or (not any(self.root.iterdir()) and self._make_file())
+        if self._copy_on_write:
+            check_pool_tools()
+            if not is_mounted(self.root):
+                run(["mount", "-t", "btrfs", "-o", "loop,noatime,discard=async", self._file, self.root])
+            run(["btrfs", "filesystem", "resize", "max", self.root])  # a kill may have come between the two steps
+        for kind in ("base", "servers", "images"):
+            (self.root / kind).mkdir(exist_ok=True)
+        for path in self.root.glob("*/*.unfinished"):  # a kill came between
+            self.delete(str(path.relative_to(self.root)))
+
+    def close(self) -> None:
+        """Unmounts the pool; what it holds stays in its file. One that is not mounted is no error."""
+        give_up_s = time.monotonic() + _BUSY_TIMEOUT_S
+        while is_mounted(self.root):
+            try:
+                run(["umount", self.root])
+            except MachineFailed:  # the kernel takes a moment to forget containers that have just ended
+                if time.monotonic() > give_up_s:
+                    raise
+                time.sleep(0.05)
+
+    def erase(self) -> None:
+        """Removes all disks and images; the pool must be closed. Where there is none, that is no error."""
+        if is_mounted(self.root):
+            raise MachineFailed(f"{self.root} is still in use")
+        for path in (self._file, self._unfinished_file):
+            path.unlink(missing_ok=True)
+        if self.root.exists():
+            run(["rm", "-rf", "--one-file-system", self.root], timeout_s=_COPY_TIMEOUT_S)
+
+    def keep_only(self, kind: str, name: str) -> None:
+        """Removes all of a kind but one."""
+        for path in (self.root / kind).iterdir():
+            if path.name != name:
+                self.delete(f"{kind}/{path.name}")
+
+    def path(self, name: str) -> Path:
+        return self.root / name
+
+    def exists(self, name: str) -> bool:
+        return self.path(name).is_dir()
+
+    def unpack(self, tar: Path, name: str) -> None:
+        """Makes a directory from a tar, whole or not at all; raises MachineFailed, or PoolFull."""
+        self.make_room()
+        unfinished = f"{name}.unfinished"
+        self.delete(unfinished)
+        self._make_directory(unfinished)
+        extract = ["tar", "--extract", "--numeric-owner", "--xattrs", "--xattrs-include=*", "--same-permissions"]
+        run([*extract, "--file", tar, "--directory", self.path(unfinished)], timeout_s=_COPY_TIMEOUT_S)
+        self.path(unfinished).rename(self.path(name))
+
+    def copy(self, source: str, target: str) -> None:
+        """Copies a directory, whole or not at all; raises MachineFailed, or PoolFull."""
+        if not self.exists(source):
+            raise MachineFailed(f"{self.path(source)} is not there")
+        if self.exists(target):
+            raise MachineFailed(f"{self.path(target)} is there already")
+        self.make_room()
+        if self._copy_on_write:
+            run(["btrfs", "subvolume", "snapshot", self.path(source), self.path(target)])
+            return
+        unfinished = f"{target}.unfinished"
+        self.delete(unfinished)
+        run(["cp", "-a", "--reflink=auto", self.path(source), self.path(unfinished)], timeout_s=_COPY_TIMEOUT_S)
+        self.path(unfinished).rename(self.path(target))
+
+    def delete(self, name: str) -> None:
+        """Removes a directory; one that is not there is no error."""
+        path = self.path(name)
+        if not path.is_dir():
+            return
+        if self._copy_on_write and succeeds(["btrfs", "subvolume", "delete", path]):
+            return
+        # A subvolume made inside (by Docker, by systemd) must go before the one that holds it; rm removes both.
+        run(["rm", "-rf", path], timeout_s=_COPY_TIMEOUT_S)
+
+    def held_gb(self, name: str) -> float:
+        """What a directory holds, in GB, shared blocks included."""
+        return int(run(["du", "-s", "-x", "--block-size=1", self.path(name)]).split()[0]) / 1e9
+
+    def make_room(self) -> None:
+        """Grows the pool if little is free in it; raises PoolFull if the host has no room for that."""
+        if not self._copy_on_write:
+            if free_bytes(self.root) < _HOST_RESERVE:
+                raise PoolFull(f"the disk is full: {free_bytes(self.root) / 1e9:.1f} GB are free at {self.root}")
+            return
+        with self._growing:
+            size = self._file.stat().st_size
+            wanted = grown_size(size, free_bytes(self.root), free_bytes(self._file.parent))
+            if wanted is None:
+                return
+            os.truncate(self._file, wanted)
+            run(["losetup", "--set-capacity", self._loop_device()])
+            run(["btrfs", "filesystem", "resize", "max", self.root])
+            self._log(f"the pool grew to {wanted / 1e9:.1f} GB")
+
+    def _make_file(self) -> bool:
+        try:
+            check_pool_tools()
+        except HostUnfit as error:
+            self._log(f"disks are plain copies, slow and large: {error}")
+            return False
+        unfinished = self._unfinished_file
+        unfinished.unlink(missing_ok=True)
+        with unfinished.open("wb") as file:
+            file.truncate(min(_FIRST_SIZE, max(GIB, free_bytes(self._file.parent) - _HOST_RESERVE)))
+        try:
+            # Its content is on this one disk anyway: a second copy of the metadata would only double the writes.
+            run(["mkfs.btrfs", "--quiet", "--metadata", "single", "--data", "single", unfinished])
+            run(["mount", "-t", "btrfs", "-o", "loop", unfinished, self.root])
+            run(["umount", self.root])
+        except MachineFailed as error:
+            unfinished.unlink()
+            self._log(f"disks are plain copies, slow and large: {error}")
+            return False
+        unfinished.rename(self._file)
+        return True
+
+    def _make_directory(self, name: str) -> None:
+        if self._copy_on_write:
+            run(["btrfs", "subvolume", "create", self.path(name)])
+        else:
+            self.path(name).mkdir()
+
+    def _loop_device(self) -> str:
+        devices = run(["losetup", "--associated", self._file, "--noheadings", "--output", "NAME"]).split()
+        if not devices:
+            raise MachineFailed(f"{self._file} has no loop device any more")
+        return devices[0]
+
+
+def free_bytes(path: Path) -> int:
+    """What the file system of ``path`` has left for its user, in bytes."""
+    usage = os.statvfs(path)
+    return usage.f_bavail * usage.f_frsize
+
+
+def is_mounted(path: Path) -> bool:
+    """Tells whether a file system is mounted at exactly this directory."""
+    return str(path.resolve()) in mount_points(Path("/proc/self/mountinfo").read_text())
+
+
+def mount_points(mountinfo: str) -> list[str]:
+    """Where file systems are mounted, oldest first, from the text of ``/proc/self/mountinfo``."""
+    fields = (line.split()[4] for line in mountinfo.splitlines())
+    return [field.encode().decode("unicode_escape") for field in fields]

@@ -1,0 +1,102 @@
+"""Owns the local cloud that integration tests talk to: started as its users start it, and gone when they are done."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from hcloud import Client
+
+ROOT = Path(__file__).resolve().parents[2]
+TOKEN = "local"  # the default that everybody knows
+_START_TIMEOUT_S = 240.0  # the base image may have to be made
+_STOP_TIMEOUT_S = 60.0
+
+
+@dataclass
+class LocalCloud:
+    """A cloud that runs: its endpoint, and the process behind it."""
+
+    endpoint: str
+    state: Path
+    process: "subprocess.Popen[bytes]"
+    command: list[str]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What the printed export lines would set."""
+        return {**os.environ, "HCLOUD_ENDPOINT": self.endpoint, "HCLOUD_TOKEN": TOKEN}
+
+    def client(self, **settings: float) -> Client:
+        return Client(TOKEN, api_endpoint=self.endpoint, poll_interval=0.1, **settings)
+
+    def output(self) -> str:
+        return (self.state.parent / "cloud.log").read_text()
+
+    def restart(self) -> None:
+        """Starts it again, after a kill or a stop."""
+        self.process = _start(self.command, self.state.parent / "cloud.log")
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> None:
+        """Ends it as Ctrl-C does."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+            self.process.wait(_STOP_TIMEOUT_S)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+@contextmanager
+def running_cloud(folder: Path, *arguments: str, addresses: str = "198.19.0.0/24") -> Iterator[LocalCloud]:
+    """A cloud with its state in a folder; afterwards nothing of it is left, also when the test failed."""
+    port, state = free_port(), folder / "cloud"
+    common = ["--state", str(state)]
+    command = [sys.executable, "-m", "scripts.local_cloud", "run", *common]
+    command += ["--port", str(port), "--addresses", addresses, *arguments]
+    cloud = LocalCloud(f"http://127.0.0.1:{port}/v1", state, _start(command, folder / "cloud.log"), command)
+    try:
+        yield cloud
+    finally:
+        try:
+            cloud.stop()
+        finally:
+            if cloud.process.poll() is None:
+                cloud.kill()
+            subprocess.run(
+                [sys.executable, "-m", "scripts.local_cloud", "clean", *common],
+                cwd=ROOT,
+                check=True,
+                capture_output=True,
+                timeout=_STOP_TIMEOUT_S,
+            )
+
+
+def _start(command: list[str], log_path: Path) -> "subprocess.Popen[bytes]":
+    with log_path.open("ab") as log:
+        begin = log.tell()
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    end_s = time.monotonic() + _START_TIMEOUT_S
+    while time.monotonic() < end_s:
+        text = log_path.read_bytes()[begin:].decode(errors="replace")
+        if re.search(r"^export HCLOUD_TOKEN=", text, re.MULTILINE):
+            return process
+        if process.poll() is not None:
+            raise AssertionError(f"the local cloud ended with {process.returncode}:\n{text}")
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    raise AssertionError(f"the local cloud did not start within {_START_TIMEOUT_S:.0f} s")

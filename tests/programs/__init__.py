@@ -1,0 +1,61 @@
+"""Owns the programs that integration tests run: the one on the PATH if it fits, else built once from its Go module."""
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+_FOLDER = Path(__file__).parent
+_BUILD_TIMEOUT_S = 1800
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program by its name; the folder of the same name pins its module and all that it needs."""
+
+    name: str
+    version: str
+    package: str
+    on_path: tuple[str, ...]  # how it tells its version; empty if it is never found there
+
+
+PACKER = Program("packer", "1.11.2", "github.com/hashicorp/packer", ("packer", "version"))
+PACKER_PLUGIN_HCLOUD = Program("packer-plugin-hcloud", "1.0.5", "github.com/hashicorp/packer-plugin-hcloud", ())
+
+
+class ProgramMissing(Exception):
+    """The program is not there and cannot be built; the message says what to install."""
+
+
+def obtain(program: Program) -> Path:
+    """The program's file; a first build takes minutes and is kept in the user's cache. Raises ProgramMissing."""
+    found = shutil.which(program.on_path[0]) if program.on_path else None
+    if found is not None:
+        told = subprocess.run(program.on_path, capture_output=True, text=True, timeout=30).stdout
+        if program.version in told:
+            return Path(found)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mini-llm" / "programs"
+    built = cache / f"{program.name}-{program.version}"
+    if built.exists():
+        return built
+    go = shutil.which("go")
+    if go is None:
+        raise ProgramMissing(f"{program.name} {program.version} is not here: install it, or Go 1.26 to build it")
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / f"{built.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not built.exists():
+            print(f"building {program.name} {program.version}, once", file=sys.stderr, flush=True)
+            draft = cache / f"{built.name}.draft"
+            command = [go, "build", "-mod=readonly", "-trimpath", "-o", str(draft), program.package]
+            done = subprocess.run(
+                command, cwd=_FOLDER / program.name, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S
+            )
+            if done.returncode:
+                last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+                raise ProgramMissing(f"{program.name} {program.version} could not be built: {last}")
+            draft.replace(built)
+    return built

@@ -1,0 +1,84 @@
+"""A stub of the machines: servers and images that exist in memory only, instantaneous or slow on demand."""
+
+import threading
+import time
+from dataclasses import dataclass, field
+
+from scripts.local_cloud.machine_interface import MachineFailed, MachineSpec
+
+
+@dataclass
+class StubMachines:
+    """Remembers what it was asked for; ``delays_s`` slow a method down, ``failing`` maps it to what it fails with."""
+
+    delays_s: dict[str, float] = field(default_factory=dict)
+    failing: dict[str, MachineFailed] = field(default_factory=dict)
+    obeys_button: bool = True
+    image_size_gb: float = 1.25
+    disks: dict[int, int | str] = field(default_factory=dict)
+    images: set[int] = field(default_factory=set)
+    running: dict[int, MachineSpec] = field(default_factory=dict)
+    asked: list[tuple[str, int]] = field(default_factory=list)
+    overlaps: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._lock = threading.Lock()
+        self._busy: set[int] = set()
+
+    def _ask(self, method: str, subject: int) -> None:
+        with self._lock:
+            self.asked.append((method, subject))
+            if subject in self._busy:
+                self.overlaps.append(subject)
+            self._busy.add(subject)
+        try:
+            time.sleep(self.delays_s.get(method, 0))
+            if method in self.failing:
+                raise self.failing[method]
+        finally:
+            with self._lock:
+                self._busy.discard(subject)
+
+    def create_disk(self, server_id: int, image: int | str) -> None:
+        self._ask("create_disk", server_id)
+        if isinstance(image, int) and image not in self.images:
+            raise MachineFailed(f"there is no image {image}")
+        self.disks[server_id] = image
+
+    def delete_disk(self, server_id: int) -> None:
+        self._ask("delete_disk", server_id)
+        assert server_id not in self.running, "the disk of a running machine was deleted"
+        self.disks.pop(server_id, None)
+
+    def start(self, spec: MachineSpec) -> None:
+        self._ask("start", spec.server_id)
+        assert spec.server_id in self.disks, "a machine without a disk was started"
+        assert spec.server_id not in self.running, "a running machine was started"
+        self.running[spec.server_id] = spec
+
+    def shutdown(self, server_id: int) -> None:
+        self._ask("shutdown", server_id)
+        if self.obeys_button:
+            self.running.pop(server_id, None)
+
+    def power_off(self, server_id: int) -> None:
+        self._ask("power_off", server_id)
+        self.running.pop(server_id, None)
+
+    def is_running(self, server_id: int) -> bool:
+        self._ask("is_running", server_id)
+        return server_id in self.running
+
+    def wait_off(self, server_id: int, timeout_s: float) -> bool:
+        self._ask("wait_off", server_id)
+        return server_id not in self.running
+
+    def snapshot(self, server_id: int, image_id: int) -> float:
+        self._ask("snapshot", server_id)
+        assert server_id in self.disks, "a machine without a disk was copied"
+        self.images.add(image_id)
+        return self.image_size_gb
+
+    def delete_image(self, image_id: int) -> None:
+        self._ask("delete_image", image_id)
+        self.images.discard(image_id)

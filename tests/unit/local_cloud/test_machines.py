@@ -1,0 +1,285 @@
+"""What the local machines decide before they touch the host: names, seeds, growth, and what belongs to whom."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from scripts.local_cloud.machine_interface import MachineFailed, MachineSpec, PoolFull
+from scripts.local_cloud.machines import base_image, cgroups, container, host, metadata, network, pool, seed
+
+KEY = "ssh-ed25519 AAAA someone"
+SPEC = MachineSpec(
+    server_id=42,
+    name="web-1",
+    ipv4="198.18.0.7",
+    ipv6_network="2001:db8:1:2::/64",
+    public_keys=(KEY,),
+    root_password=None,
+    user_data="#cloud-config\nruncmd: [true]\n",
+    cores=2,
+    memory_gb=4.0,
+    location="fsn1",
+)
+RESOLVERS = ["192.0.2.53"]
+LAUNCH = container.Launch(
+    server_id=42,
+    machine="mlc-abcdef-42",
+    hostname="web-1",
+    directory=Path("/state/pool/servers/42"),
+    namespace=Path("/run/netns/mlc-abcdef-42"),
+    console=Path("/state/consoles/42.log"),
+    groups=(Path("/groups/a/cgroup.procs"),),
+)
+
+
+def replaced(**fields: object) -> MachineSpec:
+    return MachineSpec(**{**SPEC.__dict__, **fields})
+
+
+def test_the_tag_belongs_to_the_state_directory(tmp_path: Path) -> None:
+    """Two directories have different tags; one has the same under each of its names."""
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    (tmp_path / "a").mkdir()
+    assert network.tag_of(tmp_path / "a") == network.tag_of(tmp_path / "link")
+    assert network.tag_of(tmp_path / "a") != network.tag_of(tmp_path / "b")
+    assert len(network.tag_of(tmp_path)) == 6
+
+
+def test_names_of_links_fit_the_kernel() -> None:
+    """A link's name has at most 15 characters, whatever the server's id."""
+    assert len(network.link_name(10**9)) <= 15
+    assert len(network.Network("abcdef", "198.18.0.0/16", print).namespace) <= 15
+
+
+def test_transfer_addresses_are_link_local_and_differ_by_tag() -> None:
+    """The link between host and cloud takes addresses that no one routes, never that of the metadata."""
+    for tag in ("000000", "abcdef", "ffffff"):
+        first, second = network.transfer_addresses(tag)
+        assert first != second
+        assert first.startswith("169.254.")
+        assert network.METADATA_ADDRESS not in (first, second)
+    assert network.transfer_addresses("000001") != network.transfer_addresses("000002")
+
+
+def test_mac_addresses_follow_the_id() -> None:
+    """A server keeps its interface's address over power-offs."""
+    assert network.mac_address(42) == "96:00:00:00:00:2a"
+
+
+def test_namespaces_of_a_cloud_are_told_from_others() -> None:
+    """Only names with the cloud's own tag are its own, and its servers' go before its own."""
+    names = ["mlc-abcdef", "mlc-abcdef-1", "mlc-abcdeff", "mlc-123456-1", "blue"]
+    assert network.namespaces_of("abcdef", names) == ["mlc-abcdef-1", "mlc-abcdef"]
+
+
+def test_resolvers_on_loopback_are_of_no_use_to_servers() -> None:
+    """The first file with an address that servers can reach counts."""
+    stub = "nameserver 127.0.0.53\noptions edns0\n"
+    assert network.nameservers([stub, "nameserver 192.0.2.1\nnameserver 192.0.2.2\n"]) == ["192.0.2.1", "192.0.2.2"]
+    assert network.nameservers([stub]) == []
+    assert network.nameservers(["nameserver nonsense\n"]) == []
+
+
+def test_the_seed_says_who_the_server_is() -> None:
+    """Metadata name the instance, the host and its keys; user-data goes as it came."""
+    documents = seed.documents(SPEC, RESOLVERS)
+    about = json.loads(documents["meta-data"])
+    assert about == {"instance-id": "42", "local-hostname": "web-1", "public-keys": [KEY]}
+    assert documents["user-data"] == SPEC.user_data
+
+
+def test_a_server_without_user_data_gets_an_empty_one() -> None:
+    """cloud-init takes the seed only if there is a file of user-data that it can read."""
+    assert seed.documents(replaced(user_data=""), [])["user-data"].startswith("#cloud-config\n")
+
+
+def test_the_network_is_a_single_address_and_a_gateway_outside_of_it() -> None:
+    """As on the real cloud: /32, the gateway 172.31.1.1, and ::1 of the /64."""
+    interface, resolver = json.loads(seed.documents(SPEC, RESOLVERS)["network-config"])["config"]
+    assert interface["name"] == "eth0"
+    assert interface["subnets"] == [
+        {"type": "static", "address": "198.18.0.7/32", "gateway": "172.31.1.1"},
+        {"type": "static6", "address": "2001:db8:1:2::1/64", "gateway": "fe80::1"},
+    ]
+    assert resolver == {"type": "nameserver", "address": RESOLVERS}
+
+
+def test_a_server_may_have_no_public_address() -> None:
+    """Then its interface is named and has none."""
+    (interface,) = seed.network_config(replaced(ipv4=None, ipv6_network=None), [])["config"]
+    assert interface["subnets"] == []
+
+
+def test_password_login_is_for_servers_that_were_given_a_password() -> None:
+    """Root logs in by key alone unless the cloud has made up a password, which must then be changed."""
+    by_key = json.loads(seed.vendor_data(SPEC).removeprefix("#cloud-config\n"))
+    by_password = json.loads(seed.vendor_data(replaced(root_password="geheim")).removeprefix("#cloud-config\n"))
+    assert by_key == {"ssh_pwauth": False, "disable_root": False}
+    assert by_password["ssh_pwauth"] is True
+    assert by_password["chpasswd"]["expire"] is True
+    assert by_password["chpasswd"]["users"][0]["password"] == "geheim"
+
+
+def test_the_seed_is_written_anew_at_each_start(tmp_path: Path) -> None:
+    """A second start with other data leaves nothing of the first, such as leave to log in by password."""
+    seed.write(tmp_path, replaced(root_password="geheim"), RESOLVERS)
+    assert (tmp_path / "etc/ssh/sshd_config.d/05-root-password.conf").exists()
+    seed.write(tmp_path, replaced(user_data="#!/bin/sh\n"), [])
+    assert not (tmp_path / "etc/ssh/sshd_config.d/05-root-password.conf").exists()
+    assert (tmp_path / "var/lib/cloud/seed/nocloud/user-data").read_text() == "#!/bin/sh\n"
+    assert "nameserver" not in (tmp_path / "etc/resolv.conf").read_text()
+
+
+def test_a_resolver_file_of_the_servers_own_stays(tmp_path: Path) -> None:
+    """Who has set up name resolution inside keeps it."""
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/resolv.conf").write_text("nameserver 192.0.2.99\n")
+    seed.write(tmp_path, SPEC, RESOLVERS)
+    assert (tmp_path / "etc/resolv.conf").read_text() == "nameserver 192.0.2.99\n"
+
+
+def test_links_on_a_disk_do_not_lead_to_the_hosts_files(tmp_path: Path) -> None:
+    """A directory that a server has replaced by a link is refused, and a link in place of a file is replaced."""
+    outside, disk = tmp_path / "outside", tmp_path / "disk"
+    outside.mkdir()
+    disk.mkdir()
+    (outside / "file").write_text("the host's")
+    (disk / "var").symlink_to(outside)
+    with pytest.raises(MachineFailed):
+        seed.write_inside(disk, "var/lib/file", "x", mode=0o600)
+    (disk / "file").symlink_to(outside / "file")
+    seed.write_inside(disk, "file", "x", mode=0o600)
+    assert (outside / "file").read_text() == "the host's"
+    assert not (disk / "file").is_symlink()
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("/hetzner/v1/metadata/hostname", "web-1"),
+        ("/hetzner/v1/metadata/instance-id", "42"),
+        ("/hetzner/v1/metadata/public-ipv4", "198.18.0.7"),
+        ("/hetzner/v1/metadata/region", "eu-central"),
+        ("/hetzner/v1/metadata/availability-zone", "fsn1-dc1"),
+        ("/hetzner/v1/metadata/public-keys", json.dumps([KEY])),
+        ("/hetzner/v1/userdata", SPEC.user_data),
+        ("/hetzner/v1/metadata/nothing", None),
+        ("/", None),
+    ],
+)
+def test_metadata_paths(path: str, text: str | None) -> None:
+    """Each path answers with what it names, others with nothing."""
+    assert metadata.answer(path, SPEC, RESOLVERS) == text
+
+
+def test_the_whole_metadata_is_one_field_a_line() -> None:
+    """Every line is a YAML field whose value is JSON."""
+    text = metadata.answer("/hetzner/v1/metadata", SPEC, RESOLVERS)
+    assert text is not None
+    fields = {line.split(": ", 1)[0]: json.loads(line.split(": ", 1)[1]) for line in text.splitlines()}
+    assert fields["instance-id"] == 42
+    assert fields["network-config"]["version"] == 1
+    assert fields["vendor_data"].startswith("#cloud-config")
+
+
+def test_a_pool_with_room_does_not_grow() -> None:
+    """Two GiB free are enough."""
+    assert pool.grown_size(4 * pool.GIB, 3 * pool.GIB, 100 * pool.GIB) is None
+
+
+def test_a_pool_grows_by_steps() -> None:
+    """Little free in it, much on the host: four GiB more."""
+    assert pool.grown_size(4 * pool.GIB, pool.GIB, 100 * pool.GIB) == 8 * pool.GIB
+
+
+def test_a_pool_never_promises_more_than_the_host_has() -> None:
+    """What is free in the pool after growth fits on the host, beside what the host keeps."""
+    size = pool.grown_size(4 * pool.GIB, pool.GIB, 5 * pool.GIB)
+    assert size == 6 * pool.GIB
+
+
+def test_a_full_host_is_said_so() -> None:
+    """The message tells what is free and what to do."""
+    with pytest.raises(PoolFull, match=r"the disk is full: 2\.\d GB are free"):
+        pool.grown_size(4 * pool.GIB, pool.GIB // 2, 2 * pool.GIB)
+    with pytest.raises(PoolFull):
+        pool.grown_size(8 * pool.GIB, 4 * pool.GIB, pool.GIB)  # others have taken what the pool was promised
+
+
+def test_mount_points_are_read_with_their_blanks() -> None:
+    """The kernel writes a blank as \\040."""
+    text = "22 1 0:20 / / rw - ext4 /dev/a rw\n30 22 7:0 / /a\\040b/pool rw shared:1 - btrfs /dev/loop0 rw\n"
+    assert pool.mount_points(text) == ["/", "/a b/pool"]
+
+
+def test_containers_are_known_by_their_command_line() -> None:
+    """Only systemd-nspawn with a machine of this cloud's name is one of its containers."""
+    words = ["systemd-nspawn", "--machine=mlc-abcdef-7", "--boot"]
+    assert container.is_container_of("abcdef", words)
+    assert container.is_container_of("abcdef", ["/usr/bin/systemd-nspawn", *words[1:]])
+    assert not container.is_container_of("123456", words)
+    assert not container.is_container_of("abcdef", ["grep", "--machine=mlc-abcdef-7"])
+    assert not container.is_container_of("abcdef", [])
+
+
+def test_init_is_the_first_process_of_an_inner_namespace() -> None:
+    """Neither the host's own init nor what leads to the container's is taken for it."""
+    assert container.is_init("Name:\tsystemd\nNSpid:\t4711\t12\t1\n")
+    assert not container.is_init("Name:\tsystemd\nNSpid:\t1\n")
+    assert not container.is_init("Name:\tsystemd-nspawn\nNSpid:\t4710\t1\n")
+    assert not container.is_init("Name:\tsystemd\nNSpid:\t4711\t12\t30\n")
+
+
+def test_a_capability_that_nobody_can_give_is_dropped() -> None:
+    """Asking for CAP_SYS_RESOURCE where it is missing would hang the start."""
+    drop = "--drop-capability=CAP_SYS_RESOURCE"
+    assert drop in container.command(LAUNCH, container.bounding_capabilities("CapBnd:\t000001fffeffffff\n"))
+    assert drop not in container.command(LAUNCH, container.bounding_capabilities("CapBnd:\t000001ffffffffff\n"))
+
+
+def test_limits_go_to_the_hierarchies_that_have_them() -> None:
+    """Version 1 controllers that limit nothing here are left alone."""
+    mounts = (
+        "cgroup /sys/fs/cgroup/cpu cgroup rw,relatime,cpu,cpuacct 0 0\n"
+        "cgroup /sys/fs/cgroup/pids cgroup rw,relatime,pids 0 0\n"
+        "cgroup /sys/fs/cgroup/systemd cgroup rw,relatime,name=systemd 0 0\n"
+        "cgroup2 /sys/fs/cgroup/unified cgroup2 rw,relatime 0 0\n"
+        "tmpfs /tmp tmpfs rw 0 0\n"
+    )
+    found = cgroups.hierarchies(mounts)
+    assert [str(hierarchy.root) for hierarchy in found] == [
+        "/sys/fs/cgroup/cpu",
+        "/sys/fs/cgroup/systemd",
+        "/sys/fs/cgroup/unified",
+    ]
+    assert found[0].controllers == {"cpu"}
+    assert found[2].unified
+
+
+def test_a_missing_tool_is_named_with_the_line_that_installs_it() -> None:
+    """Every missing package stands in the line, once."""
+    with pytest.raises(host.HostUnfit, match=r"a, b not found; install it: sudo apt-get install .* one$"):
+        host.require_tools({"a": "one", "b": "one", "c": "two"}, find=lambda name: "/bin/c" if name == "c" else None)
+
+
+def test_the_mirror_is_the_hosts_own(tmp_path: Path) -> None:
+    """Both forms of apt's settings are read; sources that are no Debian mirror are passed over."""
+    (tmp_path / "sources.list.d").mkdir()
+    assert base_image.host_mirror(tmp_path).lines() == []
+    (tmp_path / "sources.list").write_text("# deb http://no/debian x main\ndeb http://other.example/tool stable main\n")
+    (tmp_path / "sources.list.d/debian.sources").write_text(
+        "Types: deb\nURIs: http://mirror.example/debian/\n\nTypes: deb\nURIs: http://mirror.example/debian-security\n"
+    )
+    assert base_image.host_mirror(tmp_path).lines() == [
+        "deb http://mirror.example/debian trixie main",
+        "deb http://mirror.example/debian trixie-updates main",
+        "deb http://mirror.example/debian-security trixie-security main",
+    ]
+
+
+def test_the_images_name_changes_with_its_content() -> None:
+    """Another mirror makes another image."""
+    here, there = base_image.Mirror(None, None), base_image.Mirror("http://mirror.example/debian", None)
+    assert base_image.content_key(here) == base_image.content_key(here)
+    assert base_image.content_key(here) != base_image.content_key(there)

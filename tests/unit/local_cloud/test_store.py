@@ -1,0 +1,81 @@
+"""What the state on disk keeps."""
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from scripts.local_cloud.store import Store, StoreUnusable
+
+
+def test_documents_are_found_again_by_another_process(tmp_path: Path) -> None:
+    """What was written is there without the first store having been closed, as after a SIGKILL."""
+    first = Store(tmp_path / "state")
+    first.put("server", {"id": 7, "name": "a"})
+    second = Store(tmp_path / "state")
+    assert second.find("server", 7) == {"id": 7, "name": "a"}
+    assert second.find("image", 7) is None
+    first.close()
+    second.close()
+
+
+def test_ids_rise_and_never_come_again(tmp_path: Path) -> None:
+    """Neither deleting nor a restart brings an id back."""
+    store = Store(tmp_path / "state")
+    first = store.next_id()
+    store.put("server", {"id": first})
+    store.delete("server", first)
+    store.close()
+    store = Store(tmp_path / "state")
+    assert store.next_id() == first + 1
+    store.close()
+
+
+def test_a_transaction_is_kept_whole_or_not_at_all(tmp_path: Path) -> None:
+    """An exception undoes all writes of the outermost block."""
+    store = Store(tmp_path / "state")
+
+    def write() -> None:
+        with store.transaction():
+            store.put("server", {"id": 1})
+            with store.transaction():
+                store.put("server", {"id": 2})
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        write()
+    assert store.read_all("server") == []
+    store.close()
+
+
+def test_transactions_of_threads_do_not_mix(tmp_path: Path) -> None:
+    """Reading and writing back inside one block loses nothing."""
+    store = Store(tmp_path / "state")
+    store.put("counter", {"id": 1, "value": 0})
+
+    def count() -> None:
+        for _ in range(50):
+            with store.transaction():
+                value = (store.find("counter", 1) or {})["value"]
+                store.change("counter", 1, value=value + 1)
+
+    threads = [threading.Thread(target=count) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert store.find("counter", 1) == {"id": 1, "value": 200}
+    store.close()
+
+
+def test_a_file_that_is_no_state_is_refused(tmp_path: Path) -> None:
+    """The error says which file."""
+    (tmp_path / "state").write_text("something else " * 100)
+    with pytest.raises(StoreUnusable, match="state"):
+        Store(tmp_path / "state")
+
+
+def test_only_the_owner_can_read_the_file(tmp_path: Path) -> None:
+    """Passwords stand in it."""
+    Store(tmp_path / "state").close()
+    assert (tmp_path / "state").stat().st_mode & 0o777 == 0o600
