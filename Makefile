@@ -2,8 +2,9 @@
 
 PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
-TESTS ?= tests/unit tests/service
-TEST_REQUIREMENTS := service/requirements.txt service/starter/requirements.txt tests/requirements.txt
+TESTS ?= tests/unit tests/service tests/local_cloud
+TEST_REQUIREMENTS := service/requirements.txt service/starter/requirements.txt scripts/requirements.txt \
+  tests/requirements.txt
 
 # HOST=, PORT= and MODEL= are for people; the service reads LLM_* from its environment.
 export LLM_HOST ?= $(HOST)
@@ -19,18 +20,30 @@ ifeq ($(LLM_MODEL),)
 unexport LLM_MODEL
 endif
 
-.PHONY: help serve test unit bench train lint lock clean
+.PHONY: help serve cloud cloud-clean test unit bench bench-cloud train lint lock clean
 
 help:
 	@echo "make serve   serve a model on 127.0.0.1:8080 (HOST= PORT= MODEL= change that)"
+	@echo "make cloud   a Hetzner Cloud on this machine, for nothing (root; CLOUD= adds options);  make cloud-clean  remove it"
 	@echo "make test    run every test;  make unit  only the fast ones"
-	@echo "make bench   measure, as ratios in one run"
+	@echo "make bench   measure, as ratios in one run;  make bench-cloud  the local cloud's times (root)"
 	@echo "make train   train the starter model again (up to an hour)"
 	@echo "make lint    check style;  make lock  pin requirements again;  make clean  remove .venv and caches"
 
 serve:
 	@$(PYTHON) scripts/setup_venv.py service/requirements.txt
 	@exec $(VENV_PYTHON) -m service serve
+
+# Root needs the environment for a moment; it stays its owner's.
+AS_OWNER = $(if $(SUDO_USER),sudo -u $(SUDO_USER))
+
+cloud:
+	@$(AS_OWNER) $(PYTHON) scripts/setup_venv.py scripts/requirements.txt
+	@exec $(VENV_PYTHON) -m scripts.local_cloud run $(CLOUD)
+
+cloud-clean:
+	@$(AS_OWNER) $(PYTHON) scripts/setup_venv.py scripts/requirements.txt
+	@exec $(VENV_PYTHON) -m scripts.local_cloud clean $(CLOUD)
 
 test:
 	@$(PYTHON) scripts/setup_venv.py $(TEST_REQUIREMENTS)
@@ -42,6 +55,10 @@ unit: test
 bench:
 	@$(PYTHON) scripts/setup_venv.py $(TEST_REQUIREMENTS)
 	@$(VENV_PYTHON) -m tests.bench
+
+bench-cloud:
+	@$(PYTHON) scripts/setup_venv.py $(TEST_REQUIREMENTS)
+	@$(VENV_PYTHON) -m tests.bench.cloud
 
 train:
 	@$(PYTHON) scripts/setup_venv.py $(TEST_REQUIREMENTS)
@@ -57,6 +74,7 @@ LOCK := uv pip compile --quiet --upgrade --universal --python-version 3.11 --gen
 lock:
 	$(LOCK) service/requirements.in -o service/requirements.txt
 	$(LOCK) -c service/requirements.txt service/starter/requirements.in -o service/starter/requirements.txt
+	$(LOCK) -c service/requirements.txt scripts/requirements.in -o scripts/requirements.txt
 	$(LOCK) -c service/requirements.txt -c service/starter/requirements.txt tests/requirements.in -o tests/requirements.txt
 
 clean:

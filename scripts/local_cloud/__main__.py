@@ -9,6 +9,7 @@ import threading
 from ipaddress import IPv4Network
 from pathlib import Path
 
+from scripts.local_cloud.api.app import pad_token
 from scripts.local_cloud.api.errors import InvalidInput
 from scripts.local_cloud.cloud import CloudSettings, clean, running_cloud
 from scripts.local_cloud.machine_interface import MachineFailed
@@ -31,8 +32,10 @@ def main(arguments: list[str]) -> int:
             print(f"nothing is left of the local cloud in {options.state}")
             return 0
         return _run(options)
-    except (HostUnfit, MachineFailed, StoreUnusable, InvalidInput) as error:
+    except (HostUnfit, MachineFailed, StoreUnusable) as error:
         print(f"error: {error}", file=sys.stderr)
+    except InvalidInput as error:
+        print(f"error: {options.faults} is no plan of faults: {error}", file=sys.stderr)
     except json.JSONDecodeError as error:
         print(f"error: {options.faults} is not JSON: {error}", file=sys.stderr)
     except OSError as error:
@@ -65,6 +68,8 @@ def _run(options: argparse.Namespace) -> int:
         page = cloud.endpoint.removesuffix("v1")
         print(f"# the local cloud runs; look at it on {page}, end it with Ctrl-C", flush=True)
         print(f"# consoles: {options.state}/consoles, calls: {options.state}/calls.jsonl", flush=True)
+        if pad_token(settings.token) != settings.token:
+            print(f"# Terraform's provider wants 64 characters; this token does as well: {pad_token(settings.token)}")
         print(f"export HCLOUD_ENDPOINT={cloud.endpoint}", flush=True)
         print(f"export HCLOUD_TOKEN={settings.token}", flush=True)
         seen = describe(cloud.project)
@@ -75,6 +80,13 @@ def _run(options: argparse.Namespace) -> int:
             seen = now
     _say("stopped")
     return 0
+
+
+def _parse_port(text: str) -> int:
+    port = int(text)
+    if not 0 < port < 65536:
+        raise argparse.ArgumentTypeError("must be from 1 to 65535")
+    return port
 
 
 def _say(line: str) -> None:
@@ -98,7 +110,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         )
         command.set_defaults(port=0, faults=None)
         if name == "run":
-            command.add_argument("--port", type=int, default=8899, help="port on 127.0.0.1")
+            command.add_argument("--port", type=_parse_port, default=8899, help="port on 127.0.0.1")
             command.add_argument("--token", default="local", help="the token that clients send")
             command.add_argument("--requests-per-hour", type=int, default=3600, help="before 429")
             command.add_argument("--faults", type=Path, help="a plan of faults, as JSON")

@@ -1,7 +1,7 @@
 """Owns the words between the API and the machines behind it: what a server is made of, and what can be done to it."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,19 @@ class MachineSpec:
     cores: int
     memory_gb: float
     location: str
+
+
+@dataclass(frozen=True)
+class FirewallRule:
+    """One thing that a firewall lets through; ``networks`` are CIDRs, sources inwards and destinations outwards.
+
+    ``ports`` are the first and the last one, None for protocols without any.
+    """
+
+    direction: Literal["in", "out"]
+    protocol: Literal["tcp", "udp", "icmp", "esp", "gre"]
+    networks: tuple[str, ...]
+    ports: tuple[int, int] | None
 
 
 class Machines(Protocol):
@@ -55,6 +68,21 @@ class Machines(Protocol):
 
     def wait_off(self, server_id: int, timeout_s: float) -> bool:
         """Waits until a machine is off; tells whether it is."""
+        ...
+
+    def route_address(self, address: str, server_id: int | None) -> None:
+        """Leads a floating address (IPv4, or the /64 of IPv6) to a server, be it on or off, or to nobody; at once.
+
+        What was said holds until the local cloud ends; it says everything anew at its start.
+        """
+        ...
+
+    def set_firewall(self, server_id: int, rules: tuple[FirewallRule, ...] | None) -> None:
+        """Replaces what filters a server's public traffic, be it on or off; None takes the filter away; at once.
+
+        With rules, what comes in is dropped unless a rule or a known flow lets it through; what goes out only if there
+        is a rule for going out. Holds until the disk is deleted or the local cloud ends.
+        """
         ...
 
     def snapshot(self, server_id: int, image_id: int) -> float:

@@ -100,3 +100,32 @@ def _start(command: list[str], log_path: Path) -> "subprocess.Popen[bytes]":
     process.kill()
     process.wait()
     raise AssertionError(f"the local cloud did not start within {_START_TIMEOUT_S:.0f} s")
+
+
+def ssh(key: Path, address: str, command: str, patience_s: float = 30.0) -> str:
+    """What a command on a server prints; waits for the server to let root in. Fails with what SSH said."""
+    options = ["StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "LogLevel=ERROR", "ConnectTimeout=2"]
+    words = ["ssh", "-i", str(key), *(word for option in options for word in ("-o", option)), f"root@{address}"]
+    end_s = time.monotonic() + patience_s
+    while True:
+        done = subprocess.run([*words, command], capture_output=True, text=True, timeout=300)
+        # 255 is SSH's own failure: not there yet.
+        if done.returncode != 255 or time.monotonic() > end_s:
+            assert done.returncode == 0, done.stdout + done.stderr
+            return done.stdout
+        time.sleep(0.1)
+
+
+def wait_until_off(client: Client, server_id: int, patience_s: float = 30.0) -> None:
+    """A shutdown's success says only that the button was pressed."""
+    end_s = time.monotonic() + patience_s
+    while client.servers.get_by_id(server_id).status != "off":
+        assert time.monotonic() < end_s, "the server did not go off"
+        time.sleep(0.05)
+
+
+def make_key(folder: Path) -> Path:
+    """A new private key; the public one lies beside it."""
+    path = folder / "id_ed25519"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", path], check=True)
+    return path

@@ -13,9 +13,6 @@ _ABSENT = {
     "certificates": "certificate",
     "zones": "zone",
     "networks": "network",
-    "floating_ips": "floating IP",
-    "firewalls": "firewall",
-    "placement_groups": "placement group",
 }
 
 

@@ -73,11 +73,11 @@ class _ResourceActions:
 
 
 def add_routes(app: falcon.App, prefix: str, project: Project) -> None:
-    """Adds GET /actions and the paths below servers, images and primary IPs."""
+    """Adds GET /actions and the paths below each kind of resource that has actions."""
     everything = _AllActions(project)
     app.add_route(f"{prefix}/actions", everything)
     app.add_route(f"{prefix}/actions/{{action_id:int}}", everything, suffix="member")
-    for kind in ("server", "image", "primary_ip"):
+    for kind in ("server", "image", "primary_ip", "floating_ip", "firewall"):
         resource, root = _ResourceActions(project, kind), f"{prefix}/{kind}s"
         app.add_route(f"{root}/actions", resource)
         app.add_route(f"{root}/actions/{{action_id:int}}", resource, suffix="member")

@@ -1,4 +1,4 @@
-"""Owns the public addresses: which one the next primary IP gets."""
+"""Owns the public addresses: which one the next primary or floating IP gets."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ _FIRST_IPV4 = 10
 _FIRST_IPV6 = 1
 _DEFAULT_IPV4 = IPv4Network("198.18.0.0/16")
 _DEFAULT_IPV6 = IPv6Network("fd00:198:18::/48")
+_HOLDERS = ("primary_ip", "floating_ip")
 _CURSORS = "address_cursor"
 _CURSOR_IDS = {"ipv4": 1, "ipv6": 2}
 
@@ -43,7 +44,7 @@ class AddressRanges:
     def take(self, store: Store, kind: str) -> str:
         """The next free address of a kind; one given back comes again last of all; raises LimitExceeded."""
         with store.transaction():
-            used = {each["ip"] for each in store.read_all("primary_ip")}
+            used = {each["ip"] for holder in _HOLDERS for each in store.read_all(holder)}
             cursor = store.find(_CURSORS, _CURSOR_IDS[kind]) or {"id": _CURSOR_IDS[kind], "next": 0}
             for index, address in self._walk(kind, cursor["next"]):
                 if address not in used:

@@ -11,8 +11,11 @@ from scripts.local_cloud.api import (
     absent,
     action_routes,
     control,
+    firewalls,
     fixed,
+    floating_ips,
     images,
+    placement_groups,
     primary_ips,
     server_actions,
     servers,
@@ -35,15 +38,21 @@ from scripts.local_cloud.machine_interface import MachineFailed
 
 PREFIX = "/v1"
 
+_TOKEN_LENGTH = 64  # of a real token; Terraform's provider refuses any other
 _ALLOWANCE = "local_cloud.allowance"
 _log = logging.getLogger(__name__)
+
+
+def pad_token(token: str) -> str:
+    """A token in the length of real ones, which is taken as well."""
+    return token.ljust(_TOKEN_LENGTH, "0")
 
 
 class _Gate:
     """Falcon middleware: a fault of the plan first, then the token, then the allowance of requests."""
 
     def __init__(self, token: str, limiter: RateLimiter):
-        self._token, self._limiter = token, limiter
+        self._tokens, self._limiter = (token.encode(), pad_token(token).encode()), limiter
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
         own = req.path.startswith(f"{control.PREFIX}/")
@@ -53,7 +62,8 @@ class _Gate:
         if fault is not None:
             raise Injected(fault.status, fault.code, fault.message)
         scheme, _, token = (req.auth or "").partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(token.strip().encode(), self._token.encode()):
+        given = token.strip().encode()
+        if scheme.lower() != "bearer" or not any(hmac.compare_digest(given, known) for known in self._tokens):
             raise Unauthorized("unable to authenticate")
         if own:
             return
@@ -114,6 +124,9 @@ def create_app(project: Project, faults: Faults, token: str) -> Callable[..., It
     ssh_keys.add_routes(app, PREFIX, project)
     images.add_routes(app, PREFIX, project)
     primary_ips.add_routes(app, PREFIX, project)
+    floating_ips.add_routes(app, PREFIX, project)
+    firewalls.add_routes(app, PREFIX, project)
+    placement_groups.add_routes(app, PREFIX, project)
     servers.add_routes(app, PREFIX, project)
     server_actions.add_routes(app, PREFIX, project)
     app.add_error_handler(Exception, _on_any_error)

@@ -15,6 +15,11 @@ _LARGEST_ID = 2**53 - 1
 _HOSTNAME_PART = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
 
 
+def is_hostname(text: str) -> bool:
+    """Whether a text is a host name as RFC 1123 has it."""
+    return len(text) <= 253 and all(_HOSTNAME_PART.fullmatch(part) for part in text.split("."))
+
+
 class Fields:
     """The fields of one body; readers return a default for what is missing or wrong, ``check`` refuses at the end."""
 
@@ -43,6 +48,10 @@ class Fields:
     def has(self, name: str) -> bool:
         """Whether the field was sent with a value; null counts as not sent."""
         return self._document.get(name) is not None
+
+    def is_null(self, name: str) -> bool:
+        """Whether the field was sent as null, which some requests tell apart from one that was not sent."""
+        return name in self._document and self._document[name] is None
 
     def _read(self, name: str, kinds: type | tuple[type, ...], what: str, required: bool) -> Any:
         value = self._document.get(name)
@@ -73,10 +82,8 @@ class Fields:
     def hostname(self, name: str = "name", required: bool = False) -> str | None:
         """A host name as RFC 1123 has it."""
         value = self.text(name, required)
-        if value is not None:
-            parts = value.split(".")
-            if len(value) > 253 or not all(_HOSTNAME_PART.fullmatch(part) for part in parts):
-                self.blame(name, "must be a valid hostname (RFC 1123): letters, digits, periods and dashes")
+        if value is not None and not is_hostname(value):
+            self.blame(name, "must be a valid hostname (RFC 1123): letters, digits, periods and dashes")
         return value
 
     def one_of(self, name: str, allowed: Iterable[str], required: bool = False) -> str | None:

@@ -95,9 +95,9 @@ class StateRefused(ApiError):
 
     status = 422
 
-    def __init__(self, code: str, message: str):
+    def __init__(self, code: str, message: str, status: int = 422):
         super().__init__(message)
-        self.code = code
+        self.code, self.status = code, status
 
 
 class Locked(ApiError):

@@ -3,10 +3,12 @@
 import logging
 import threading
 from collections import defaultdict
+from contextlib import nullcontext
 from typing import Any
 
 from scripts.local_cloud.api.actions import ActionFailed, Actions, Step
 from scripts.local_cloud.api.catalogue import Catalogue
+from scripts.local_cloud.api.firewall_rules import delist, enlist, find_effective_rules, forget_server
 from scripts.local_cloud.machine_interface import MachineFailed, Machines, MachineSpec
 from scripts.local_cloud.store import Store
 
@@ -25,12 +27,14 @@ class Life:
 
     Ends that others rely on: a server whose creation fails or is cut short is gone; one whose rebuild is has no disk
     and stays off until the next rebuild; one whose deletion is cut short is gone after the next start; an image that
-    could not be written is ``unavailable``.
+    could not be written is ``unavailable``. Whatever went wrong with floating IPs and firewalls, the next start of the
+    cloud tells the machines anew what the records say.
     """
 
     def __init__(self, store: Store, machines: Machines, actions: Actions, catalogue: Catalogue):
         self._store, self._machines, self._actions, self._catalogue = store, machines, actions, catalogue
         self._guards: defaultdict[int, threading.Lock] = defaultdict(threading.Lock)
+        self._routing = threading.Lock()  # taken after a guard, never before
         self._pressed: set[int] = set()
         self._stopping = threading.Event()
         self._watcher: threading.Thread | None = None
@@ -46,7 +50,9 @@ class Life:
         with self._guard(server_id):
             self._machines.power_off(server_id)
             self._machines.delete_disk(server_id)
+            self._free_floating_ips(server_id)
             with self._store.transaction():
+                forget_server(self._store, server_id)
                 for address in self._store.read_all("primary_ip"):
                     if address["assignee_id"] != server_id:
                         continue
@@ -125,6 +131,32 @@ class Life:
         else:
             self._store.change("image", image_id, has_data=False)
 
+    def route(self, floating_ip_id: int, server_id: int | None) -> None:
+        """Leads a floating IP to a server, or to nobody."""
+        with self._guard(server_id) if server_id is not None else nullcontext(), self._routing:
+            record = self._store.find("floating_ip", floating_ip_id)
+            if record is None:
+                raise ActionFailed("the floating IP is gone")
+            if server_id is not None:
+                self._find(server_id)
+            self._machines.route_address(record["ip"], server_id)
+            self._store.change("floating_ip", floating_ip_id, server_id=server_id)
+
+    def filter(self, server_id: int) -> None:
+        """Makes a server's firewalls hold as their records are; without a disk they hold from the next start on."""
+        with self._guard(server_id):
+            self._filter(server_id)
+
+    def take_firewall(self, server_id: int, firewall_id: int) -> None:
+        """Ends that a firewall is applied to a server; it stays if the machine could not be told."""
+        with self._guard(server_id):
+            delist(self._store, firewall_id, server_id)
+            try:
+                self._filter(server_id)
+            except MachineFailed:
+                enlist(self._store, firewall_id, server_id)
+                raise
+
     def settle(self, server_id: int) -> None:
         """Sets the record to what the machine is, after something failed."""
         with self._guard(server_id):
@@ -145,6 +177,11 @@ class Life:
                 self._try(self.spoil_image, image["id"])
             elif image["deleted"] and image["has_data"]:
                 self.delete_image(image["id"])
+        for address in self._store.read_all("floating_ip"):
+            if address["server_id"] is not None:
+                self._try(self._route_anew, address["id"])
+        for firewall in self._store.read_all("firewall"):
+            self._store.change("firewall", firewall["id"], pending=[])
         for server in self._store.read_all("server"):
             if server["id"] in half_made or server["status"] in ("initializing", "deleting"):
                 self._try(self.remove, server["id"])
@@ -229,10 +266,31 @@ class Life:
         server = self._find(server_id)
         if not server["has_disk"]:
             raise ActionFailed("the server has no disk: its last rebuild failed, rebuild it again")
+        # Before the machine starts: nothing gets through that should not, and a filter that failed keeps it off.
+        rules = find_effective_rules(self._store, server)
+        if rules is not None:
+            self._machines.set_firewall(server_id, rules)
         if not self._machines.is_running(server_id):
             self._machines.start(self._specify(server))
         self._pressed.discard(server_id)
         self._change(server_id, status="running", power="on")
+
+    def _filter(self, server_id: int) -> None:
+        server = self._store.find("server", server_id)
+        if server is not None and server["has_disk"]:
+            self._machines.set_firewall(server_id, find_effective_rules(self._store, server))
+
+    def _free_floating_ips(self, server_id: int) -> None:
+        with self._routing:
+            for address in self._store.read_all("floating_ip"):
+                if address["server_id"] == server_id:
+                    self._store.change("floating_ip", address["id"], server_id=None)
+                    self._try(self._route_anew, address["id"])
+
+    def _route_anew(self, floating_ip_id: int) -> None:
+        record = self._store.find("floating_ip", floating_ip_id)
+        if record is not None:
+            self._machines.route_address(record["ip"], record["server_id"])
 
     def _specify(self, server: Document) -> MachineSpec:
         server_type = self._catalogue.find_server_type(server["server_type"])

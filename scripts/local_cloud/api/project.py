@@ -21,6 +21,9 @@ class Limits:
 
     servers: int = 100
     images: int = 200
+    floating_ips: int = 100
+    firewalls: int = 50
+    placement_groups: int = 50
     requests_per_hour: int = 3600
 
 

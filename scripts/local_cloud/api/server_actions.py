@@ -1,14 +1,16 @@
 """Owns what can be done to a server: the paths below ``/servers/{id}/actions``."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import falcon
 
 from scripts.local_cloud.api.actions import Step
 from scripts.local_cloud.api.bodies import Fields, read_fields
-from scripts.local_cloud.api.errors import Protected, Unsupported
+from scripts.local_cloud.api.errors import Protected, StateRefused, Unsupported
 from scripts.local_cloud.api.images import begin_snapshot, check_image, find_image, name_for_machines
+from scripts.local_cloud.api.placement_groups import require_room_in_group, show_placement_group
 from scripts.local_cloud.api.project import Project
 from scripts.local_cloud.api.servers import make_password, read_user_data
 
@@ -17,7 +19,6 @@ Respond = Callable[[Project, Fields, Document], Document]  # to a request about 
 
 # Actions of the real API that this local cloud does not have yet.
 _ABSENT = (
-    "add_to_placement_group",
     "attach_iso",
     "attach_to_network",
     "change_alias_ips",
@@ -29,7 +30,6 @@ _ABSENT = (
     "disable_rescue",
     "enable_backup",
     "enable_rescue",
-    "remove_from_placement_group",
     "request_console",
     "reset_password",
 )
@@ -116,6 +116,37 @@ def _change_protection(project: Project, fields: Fields, server: Document) -> Do
     return {"action": project.actions.begin([Step("change_protection", (("server", server_id),), protect)])[0]}
 
 
+def _add_to_placement_group(project: Project, fields: Fields, server: Document) -> Document:
+    group_id, resource = fields.number("placement_group", required=True) or 0, ("server", server["id"])
+    fields.check()
+    if project.store.find("placement_group", group_id) is None:
+        fields.blame("placement_group", f"placement group {group_id} not found")
+        fields.check()
+    project.actions.require_free(resource)
+    if server["status"] != "off":
+        raise StateRefused("server_not_stopped", f"server with ID {server['id']} must be off")
+    if show_placement_group(project, server) is not None:
+        raise StateRefused("already_in_placement_group", "the server is already part of a placement group")
+    require_room_in_group(project, group_id)
+    # On record at once, so that no other server takes the last place meanwhile.
+    project.store.change("server", server["id"], placement_group_id=group_id)
+    leave = partial(project.store.change, "server", server["id"], placement_group_id=None)
+    step = Step("add_to_placement_group", (resource,), lambda: None, leave)
+    return {"action": project.actions.begin([step], hold=[resource])[0]}
+
+
+def _remove_from_placement_group(project: Project, fields: Fields, server: Document) -> Document:
+    resource = ("server", server["id"])
+    if show_placement_group(project, server) is None:
+        raise StateRefused("service_error", f"server with ID {server['id']} is not in a placement group")
+
+    def leave() -> None:
+        project.store.change("server", server["id"], placement_group_id=None)
+
+    step = Step("remove_from_placement_group", (resource,), leave)
+    return {"action": project.actions.begin([step], hold=[resource])[0]}
+
+
 def _refuse(project: Project, fields: Fields, server: Document) -> Document:
     raise Unsupported("this local cloud does not have this action yet")
 
@@ -129,6 +160,8 @@ _RESPONDERS: dict[str, Respond] = {
     "rebuild": _rebuild,
     "create_image": _create_image,
     "change_protection": _change_protection,
+    "add_to_placement_group": _add_to_placement_group,
+    "remove_from_placement_group": _remove_from_placement_group,
     **dict.fromkeys(_ABSENT, _refuse),
 }
 

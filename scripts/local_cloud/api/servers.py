@@ -11,8 +11,12 @@ from scripts.local_cloud.api.bodies import Fields, read_fields
 from scripts.local_cloud.api.catalogue import INCLUDED_TRAFFIC_BYTES, Location, ServerType
 from scripts.local_cloud.api.clock import render_now
 from scripts.local_cloud.api.errors import LimitExceeded, Protected, Unsupported
+from scripts.local_cloud.api.firewall_rules import enlist
+from scripts.local_cloud.api.firewalls import follow_labels, require_room_for_firewall, show_firewalls
+from scripts.local_cloud.api.floating_ips import list_of_server
 from scripts.local_cloud.api.images import check_image, find_image, name_for_machines, show_image
 from scripts.local_cloud.api.listing import answer_list, filter_any, filter_equal, filter_labels
+from scripts.local_cloud.api.placement_groups import require_room_in_group, show_placement_group
 from scripts.local_cloud.api.primary_ips import (
     find_of_server,
     make_primary_ip,
@@ -30,20 +34,18 @@ _STATUSES = ("running", "initializing", "starting", "stopping", "off", "deleting
 # What a request can ask for, by field, that this local cloud does not have yet.
 _ABSENT = {
     "networks": "networks",
-    "firewalls": "firewalls",
     "volumes": "volumes",
-    "placement_group": "placement groups",
 }
 
 
-def _render_public_net(project: Project, server_id: int) -> Document:
-    addresses = find_of_server(project, server_id)
+def _render_public_net(project: Project, record: Document) -> Document:
+    addresses = find_of_server(project, record["id"])
     ipv4, ipv6 = addresses.get("ipv4"), addresses.get("ipv6")
     return {
         "ipv4": ipv4 and {"id": ipv4["id"], "ip": ipv4["ip"], "blocked": False, "dns_ptr": render_pointer(ipv4["ip"])},
         "ipv6": ipv6 and {"id": ipv6["id"], "ip": ipv6["ip"], "blocked": False, "dns_ptr": []},
-        "floating_ips": [],
-        "firewalls": [],
+        "floating_ips": list_of_server(project, record["id"]),
+        "firewalls": show_firewalls(project, record),
     }
 
 
@@ -57,7 +59,7 @@ def render_server(project: Project, record: Document) -> Document:
         "name": record["name"],
         "status": record["status"],
         "created": record["created"],
-        "public_net": _render_public_net(project, record["id"]),
+        "public_net": _render_public_net(project, record),
         "private_net": [],
         "server_type": server_type.render(catalogue.locations) if server_type else None,
         "location": location.render() if location else None,
@@ -74,7 +76,7 @@ def render_server(project: Project, record: Document) -> Document:
         "volumes": [],
         "load_balancers": [],
         "primary_disk_size": record["primary_disk_size"],
-        "placement_group": None,
+        "placement_group": show_placement_group(project, record),
     }
     if project.old_clients:
         document["datacenter"] = location.render_datacenter() if location else None
@@ -115,10 +117,12 @@ class Servers:
         fields.check()
         with self._store.transaction():
             record = self._project.find("server", resource_id)
+            before = dict(record)
             record["name"] = name or record["name"]
             record["labels"] = record["labels"] if labels is None else labels
             self._project.require_unique(self._store.read_all("server"), record, "name", _NAME_USED)
             self._store.put("server", record)
+            follow_labels(self._project, before, record)
             document = render_server(self._project, record)
         resp.media = {"server": document}
 
@@ -144,8 +148,11 @@ class Servers:
         self._refuse_absent(fields)
         with self._store.transaction():
             image, public_keys = self._read_image(fields, server_type), self._read_keys(fields)
-            wanted = self._read_public_net(fields)
+            wanted, firewalls = self._read_public_net(fields), self._read_firewalls(fields)
+            group_id = self._read_placement_group(fields)
             fields.check()
+            if group_id is not None:
+                require_room_in_group(self._project, group_id)
             record = {
                 "id": 0,
                 "name": name,
@@ -160,6 +167,7 @@ class Servers:
                 "public_keys": public_keys,
                 "root_password": None if public_keys else make_password(),
                 "primary_disk_size": server_type.disk_gb,
+                "placement_group_id": group_id,
                 "has_disk": False,
                 "power": "on" if start else "off",
             }
@@ -170,6 +178,9 @@ class Servers:
             record["id"] = self._store.next_id()
             self._store.put("server", record)
             self._give_addresses(record, wanted)
+            for firewall_id in firewalls:
+                require_room_for_firewall(self._project, record, firewall_id)
+                enlist(self._store, firewall_id, record["id"])
             actions = self._begin(record, image, bool(start))
             document = render_server(self._project, record)
         resp.status = falcon.HTTP_201
@@ -197,9 +208,7 @@ class Servers:
 
     def _refuse_absent(self, fields: Fields) -> None:
         for name, what in _ABSENT.items():
-            if name == "placement_group" and not fields.has(name):
-                continue
-            if name == "placement_group" or fields.items(name):
+            if fields.items(name):
                 raise Unsupported(f"this local cloud does not have {what} yet")
 
     def _read_server_type(self, fields: Fields) -> ServerType | None:
@@ -239,8 +248,26 @@ class Servers:
             if key is None:
                 fields.blame("ssh_keys", f"SSH key {reference!r} not found")
             else:
-                found.append(key["public_key"])
+                found.append(key["public_key"].strip())
         return list(dict.fromkeys(found))
+
+    def _read_firewalls(self, fields: Fields) -> list[int]:
+        found = []
+        for each in fields.items("firewalls"):
+            firewall_id = each.get("firewall") if isinstance(each, dict) else None
+            if not isinstance(firewall_id, int) or isinstance(firewall_id, bool):
+                fields.blame("firewalls", "must be a list of objects that name a firewall by its id")
+            elif self._store.find("firewall", firewall_id) is None:
+                fields.blame("firewalls", f"firewall {firewall_id} not found")
+            else:
+                found.append(firewall_id)
+        return list(dict.fromkeys(found))
+
+    def _read_placement_group(self, fields: Fields) -> int | None:
+        group_id = fields.number("placement_group")
+        if group_id is not None and self._store.find("placement_group", group_id) is None:
+            fields.blame("placement_group", f"placement group {group_id} not found")
+        return group_id
 
     def _read_public_net(self, fields: Fields) -> dict[str, int | None]:
         """The types of address that the server gets, each with the id of a primary IP or None for a new one."""

@@ -50,7 +50,8 @@ class SshKeys:
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         fields = read_fields(req)
         name = fields.name(required=True)
-        public_key = (fields.text("public_key", required=True) or "").strip()
+        # Kept as it came: Terraform compares it, its end of line too.
+        public_key = fields.text("public_key", required=True) or ""
         labels = fields.labels() or {}
         fingerprint = compute_fingerprint(public_key)
         if fingerprint is None and fields.has("public_key"):

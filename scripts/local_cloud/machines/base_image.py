@@ -111,8 +111,8 @@ def _build(tar: Path, mirror: Mirror, lock: int) -> None:
     workplace.mkdir()
     run(
         [
-            "env",
-            f"TMPDIR={workplace}",
+            # Its mounts go with its namespace when it is killed: nothing that sweeps up may walk into the host's /sys.
+            *("unshare", "--mount", "env", f"TMPDIR={workplace}"),
             "mmdebstrap",
             "--mode=root",
             "--variant=minbase",
@@ -124,7 +124,7 @@ def _build(tar: Path, mirror: Mirror, lock: int) -> None:
             *mirror.lines(),
         ],
         timeout_s=_BUILD_TIMEOUT_S,
-        keep_open=[lock],  # a build goes on when who ordered it is killed, and must not meet the next one
+        keep_open=[lock],  # a build may go on when who ordered it is killed, and must not meet the next one
     )
     workplace.rmdir()
     unfinished.rename(tar)

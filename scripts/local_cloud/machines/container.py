@@ -15,7 +15,7 @@ from scripts.local_cloud.machines.host import find_tool
 
 _PROC = Path("/proc")
 _EXIT_REBOOT = 133  # systemd-nspawn --keep-unit: the container asked to be started again
-_INIT_TIMEOUT_S = 20.0
+_INIT_TIMEOUT_S = 60.0  # a second on a quiet host
 _KILL_TIMEOUT_S = 10.0
 _POLL_S = 0.01
 # What Docker needs beyond the defaults.

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from scripts.local_cloud.machine_interface import MachineFailed, MachineSpec
+from scripts.local_cloud.machine_interface import FirewallRule, MachineFailed, MachineSpec
 from scripts.local_cloud.machines import base_image, seed
 from scripts.local_cloud.machines.cgroups import ControlGroups
 from scripts.local_cloud.machines.container import Containers, Launch, kill_leftovers, machine_name
@@ -132,6 +132,7 @@ class LocalMachines:
         if self.is_running(server_id):
             raise MachineFailed(f"server {server_id} is running")
         self.pool.delete(f"servers/{server_id}")
+        self.network.filter(server_id, None)
         self.console(server_id).unlink(missing_ok=True)
 
     def start(self, spec: MachineSpec) -> None:
@@ -174,6 +175,12 @@ class LocalMachines:
 
     def wait_off(self, server_id: int, timeout_s: float) -> bool:
         return self._containers.wait_off(server_id, timeout_s)
+
+    def route_address(self, address: str, server_id: int | None) -> None:
+        self.network.route(address, server_id)
+
+    def set_firewall(self, server_id: int, rules: tuple[FirewallRule, ...] | None) -> None:
+        self.network.filter(server_id, rules)
 
     def snapshot(self, server_id: int, image_id: int) -> float:
         self.pool.copy(f"servers/{server_id}", f"images/{image_id}")

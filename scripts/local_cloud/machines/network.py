@@ -7,11 +7,12 @@ to its link is dropped. Links there are named after servers (``link_name``), so 
 
 import hashlib
 import ipaddress
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from scripts.local_cloud.machine_interface import MachineFailed, MachineSpec
-from scripts.local_cloud.machines import host_settings
+from scripts.local_cloud.machine_interface import FirewallRule, MachineFailed, MachineSpec
+from scripts.local_cloud.machines import firewall, host_settings
 from scripts.local_cloud.machines.host import run, succeeds
 from scripts.local_cloud.machines.host_settings import NAMESPACES
 
@@ -99,6 +100,8 @@ class Network:
         self._host_link = f"{_PREFIX}{tag}"
         self._table = f"mlc_{tag}"
         self._log = log
+        self._floating: dict[str, int] = {}  # network -> server
+        self._routing = threading.Lock()
 
     def server_namespace(self, server_id: int) -> str:
         return f"{self.namespace}-{server_id}"
@@ -137,6 +140,7 @@ class Network:
 
     def close(self) -> None:
         """Removes all of it, a killed predecessor's too; what is not there is no error."""
+        self._floating.clear()
         for path in self.namespaces():
             self._remove_namespace(path.name)
         succeeds(["ip", "link", "delete", self._host_link])  # goes with the namespace, but a little later
@@ -169,16 +173,38 @@ class Network:
             )
             # A server need not wait until it knows that nobody else has its address.
             run(["ip", "netns", "exec", inside, "sysctl", "-q", "net.ipv6.conf.eth0.accept_dad=0"])
-            host, cloud = transfer_addresses_ipv6(self.tag)
-            _ip(f"route replace {spec.ipv6_network} via {cloud} dev {self._host_link} src {host}")
+            self._route_from_host(spec.ipv6_network)
+        with self._routing:
+            for network, server_id in self._floating.items():
+                if server_id == spec.server_id:
+                    self._lead(network, link)
 
     def remove_server(self, server_id: int, ipv6_network: str | None) -> None:
         """Removes a server's link, namespace and routes; what is not there is no error."""
-        succeeds(["ip", "-n", self.namespace, "link", "delete", link_name(server_id)])
+        succeeds(["ip", "-n", self.namespace, "link", "delete", link_name(server_id)])  # its routes go with it
         if ipv6_network:
             succeeds(["ip", "route", "delete", ipv6_network, "dev", self._host_link])
         if (NAMESPACES / self.server_namespace(server_id)).exists():
             self._remove_namespace(self.server_namespace(server_id))
+
+    def route(self, address: str, server_id: int | None) -> None:
+        """Leads a floating address or network to a server, also at its later starts, or to nobody."""
+        network = str(ipaddress.ip_network(address, strict=False))
+        with self._routing:
+            self._floating.pop(network, None)
+            if server_id is not None:
+                self._floating[network] = server_id
+            if server_id is not None and self._has_link(server_id):
+                self._lead(network, link_name(server_id))
+            else:
+                succeeds(["ip", "-n", self.namespace, "route", "delete", network])
+                if server_id is None:
+                    succeeds(["ip", "route", "delete", network, "dev", self._host_link])
+
+    def filter(self, server_id: int, rules: Iterable[FirewallRule] | None) -> None:
+        """Replaces a server's firewall, or takes it away; its link need not be there."""
+        text = firewall.removal(server_id) if rules is None else firewall.table(server_id, link_name(server_id), rules)
+        self._in_cloud(["nft", "-f", "-"], stdin=text)
 
     def resolvers(self) -> list[str]:
         """The host's name servers as a server can reach them; none, and a line in the log, if they are all local."""
@@ -187,6 +213,19 @@ class Network:
         if not found:
             self._log("the host resolves names by a service on its loopback address, which servers cannot reach")
         return found
+
+    def _has_link(self, server_id: int) -> bool:
+        return succeeds(["ip", "-n", self.namespace, "link", "show", link_name(server_id)])
+
+    def _lead(self, network: str, link: str) -> None:
+        ipv6 = ":" in network
+        _ip(f"route replace {network} dev {link}" + ("" if ipv6 else f" src {GATEWAY_IPV4}"), namespace=self.namespace)
+        if ipv6 or not ipaddress.IPv4Network(network).subnet_of(self._range):
+            self._route_from_host(network)
+
+    def _route_from_host(self, network: str) -> None:
+        host, cloud = transfer_addresses_ipv6(self.tag) if ":" in network else transfer_addresses(self.tag)
+        _ip(f"route replace {network} via {cloud} dev {self._host_link} src {host}")
 
     def _open_ipv6(self) -> None:
         if not _IPV6.exists():

@@ -4,7 +4,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 
-from scripts.local_cloud.machine_interface import MachineFailed, MachineSpec
+from scripts.local_cloud.machine_interface import FirewallRule, MachineFailed, MachineSpec
 
 
 @dataclass
@@ -20,6 +20,8 @@ class StubMachines:
     running: dict[int, MachineSpec] = field(default_factory=dict)
     asked: list[tuple[str, int]] = field(default_factory=list)
     overlaps: list[int] = field(default_factory=list)
+    routes: dict[str, int | None] = field(default_factory=dict)
+    filters: dict[int, tuple[FirewallRule, ...] | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
@@ -49,6 +51,7 @@ class StubMachines:
         self._ask("delete_disk", server_id)
         assert server_id not in self.running, "the disk of a running machine was deleted"
         self.disks.pop(server_id, None)
+        self.filters.pop(server_id, None)
 
     def start(self, spec: MachineSpec) -> None:
         self._ask("start", spec.server_id)
@@ -72,6 +75,16 @@ class StubMachines:
     def wait_off(self, server_id: int, timeout_s: float) -> bool:
         self._ask("wait_off", server_id)
         return server_id not in self.running
+
+    def route_address(self, address: str, server_id: int | None) -> None:
+        self._ask("route_address", server_id or 0)
+        assert server_id is None or server_id in self.disks, "an address was led to a server that is not there"
+        self.routes[address] = server_id
+
+    def set_firewall(self, server_id: int, rules: tuple[FirewallRule, ...] | None) -> None:
+        self._ask("set_firewall", server_id)
+        assert server_id in self.disks, "the traffic of a server that is not there was filtered"
+        self.filters[server_id] = rules
 
     def snapshot(self, server_id: int, image_id: int) -> float:
         self._ask("snapshot", server_id)

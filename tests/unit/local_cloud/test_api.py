@@ -14,9 +14,6 @@ EMPTY = (
     "certificates",
     "zones",
     "networks",
-    "floating_ips",
-    "firewalls",
-    "placement_groups",
     "isos",
 )
 

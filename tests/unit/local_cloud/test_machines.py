@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts.local_cloud.machine_interface import MachineFailed, MachineSpec, PoolFull
-from scripts.local_cloud.machines import base_image, cgroups, container, host, metadata, network, pool, seed
+from scripts.local_cloud.machine_interface import FirewallRule, MachineFailed, MachineSpec, PoolFull
+from scripts.local_cloud.machines import base_image, cgroups, container, firewall, host, metadata, network, pool, seed
 
 KEY = "ssh-ed25519 AAAA someone"
 SPEC = MachineSpec(
@@ -181,6 +181,29 @@ def test_the_whole_metadata_is_one_field_a_line() -> None:
     assert fields["instance-id"] == 42
     assert fields["network-config"]["version"] == 1
     assert fields["vendor_data"].startswith("#cloud-config")
+
+
+def test_a_firewall_lets_in_what_its_rules_say() -> None:
+    """Rules are said once for each network, IPv6 by its own names; what is not named is dropped, all may go out."""
+    rules = (
+        FirewallRule("in", "tcp", ("0.0.0.0/0", "10.0.0.0/8", "::/0"), (80, 81)),
+        FirewallRule("in", "icmp", ("2001:db8::/32",), None),
+    )
+    text = firewall.table(7, "s7", rules)
+    assert "ip saddr 0.0.0.0/0 meta l4proto tcp th dport 80-81 accept\n" in text
+    assert "10.0.0.0/8" not in text
+    assert "ip6 saddr ::/0 meta l4proto tcp th dport 80-81 accept\n" in text
+    assert "ip6 saddr 2001:db8::/32 meta l4proto icmpv6 accept\n" in text
+    assert 'oifname "s7" jump public_in' in text
+    assert "public_out" not in text
+
+
+def test_a_rule_for_going_out_closes_that_way_too() -> None:
+    """Then only what is named goes out, by its destination."""
+    text = firewall.table(7, "s7", (FirewallRule("out", "udp", ("192.0.2.1/32",), (53, 53)),))
+    assert 'iifname "s7" jump public_out' in text
+    assert "ip daddr 192.0.2.1/32 meta l4proto udp th dport 53-53 accept\n" in text
+    assert text.count("\ndrop\n") == 2
 
 
 def test_a_pool_with_room_does_not_grow() -> None:

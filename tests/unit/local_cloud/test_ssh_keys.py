@@ -33,9 +33,9 @@ def test_what_is_no_public_key_is_refused(cloud: Cloud, line: str) -> None:
 
 
 def test_names_and_keys_are_unique(cloud: Cloud) -> None:
-    """409 uniqueness_error for either; a deleted key frees both."""
+    """409 uniqueness_error for either; a deleted key frees both. A key is given back with its end of line."""
     key = cloud.post("/ssh_keys", {"name": "k", "public_key": f" {PUBLIC_KEY}\n"})["ssh_key"]
-    assert key["public_key"] == PUBLIC_KEY
+    assert key["public_key"] == f" {PUBLIC_KEY}\n"
     assert cloud.refuse("POST", "/ssh_keys", {"name": "l", "public_key": PUBLIC_KEY}) == (409, "uniqueness_error")
     assert cloud.get("/ssh_keys", fingerprint=key["fingerprint"])["ssh_keys"] == [key]
     assert cloud.call("DELETE", f"/v1/ssh_keys/{key['id']}").status_code == 204

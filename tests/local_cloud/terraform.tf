@@ -1,0 +1,79 @@
+# What the real provider is tried with; the values come from the test.
+terraform {
+  required_providers {
+    hcloud = {
+      source = "hetznercloud/hcloud"
+    }
+  }
+}
+
+variable "name" { type = string }
+variable "label" { type = string }
+variable "image" { type = string }
+variable "public_key" { type = string }
+
+resource "hcloud_ssh_key" "operator" {
+  name       = "operator"
+  public_key = var.public_key
+}
+
+resource "hcloud_primary_ip" "node" {
+  name        = "node"
+  type        = "ipv4"
+  location    = "fsn1"
+  auto_delete = false
+}
+
+data "hcloud_image" "node" {
+  id = var.image
+}
+
+resource "hcloud_placement_group" "nodes" {
+  name = "nodes"
+  type = "spread"
+}
+
+resource "hcloud_firewall" "nodes" {
+  name   = "nodes"
+  labels = { version = var.label }
+  rule {
+    description = "the operator"
+    direction   = "in"
+    protocol    = "tcp"
+    port        = "22"
+    source_ips  = ["0.0.0.0/0", "::/0"]
+  }
+  rule {
+    direction  = "in"
+    protocol   = "icmp"
+    source_ips = ["0.0.0.0/0", "::/0"]
+  }
+}
+
+resource "hcloud_floating_ip" "service" {
+  name          = "service"
+  type          = "ipv4"
+  home_location = "fsn1"
+}
+
+resource "hcloud_floating_ip_assignment" "service" {
+  floating_ip_id = hcloud_floating_ip.service.id
+  server_id      = hcloud_server.node.id
+}
+
+resource "hcloud_server" "node" {
+  name               = var.name
+  server_type        = "cx23"
+  location           = "fsn1"
+  image              = data.hcloud_image.node.id
+  ssh_keys           = [hcloud_ssh_key.operator.id]
+  firewall_ids       = [hcloud_firewall.nodes.id]
+  placement_group_id = hcloud_placement_group.nodes.id
+  labels             = { made = "by-terraform", version = var.label }
+  user_data          = "#cloud-config\n"
+  public_net {
+    ipv4_enabled = true
+    ipv4         = hcloud_primary_ip.node.id
+    ipv6_enabled = false
+  }
+}

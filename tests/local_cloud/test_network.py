@@ -1,0 +1,122 @@
+"""Firewalls that really filter, and floating addresses that really move, through Hetzner's own client."""
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hcloud import Client
+from hcloud.firewalls import FirewallResource, FirewallRule
+from hcloud.images import Image
+from hcloud.locations import Location
+from hcloud.server_types import ServerType
+from hcloud.servers import BoundServer
+
+from tests.local_cloud.harness import LocalCloud, ssh
+
+EVERYWHERE = ["0.0.0.0/0", "::/0"]
+# A program that answers each connection with the server's name.
+ANSWER = "systemd-run --quiet --unit answer-{port} /usr/bin/python3 -c '{program}'"
+PROGRAM = (
+    "import socket\n"
+    "s = socket.create_server((\"\", {port}))\n"
+    "while True:\n"
+    "    c = s.accept()[0]; c.sendall(socket.gethostname().encode()); c.close()\n"
+)
+
+
+@pytest.fixture(scope="module")
+def servers(cloud: LocalCloud, key: Path) -> Iterator[list[BoundServer]]:
+    """Two servers that answer on the ports 8000 and 9000."""
+    client = cloud.client()
+    known = client.ssh_keys.create("network", key.with_suffix(".pub").read_text())
+    made = [
+        client.servers.create(name, ServerType(name="cx23"), Image(name="debian-13"), ssh_keys=[known])
+        for name in ("left", "right")
+    ]
+    for one in made:
+        for port in (8000, 9000):
+            ssh(key, address_of(one.server), ANSWER.format(port=port, program=PROGRAM.format(port=port)))
+    yield [one.server for one in made]
+    for one in made:
+        one.server.delete().wait_until_finished()
+
+
+def address_of(server: BoundServer) -> str:
+    return str(server.public_net.ipv4.ip)
+
+
+def ask(address: str, port: int) -> str | None:
+    """Who answers; None if nobody does."""
+    for _ in range(20):
+        try:
+            with socket.create_connection((address, port), timeout=1) as connection:
+                return connection.recv(100).decode()
+        except ConnectionRefusedError:
+            continue  # the program is still starting
+        except OSError:
+            return None
+    return None
+
+
+def test_a_firewall_filters(cloud: LocalCloud, servers: list[BoundServer], key: Path) -> None:
+    """What no rule lets in is dropped, at once and live; what is taken away again filters no more."""
+    client, (left, right) = cloud.client(), servers
+    rule = FirewallRule(direction="in", protocol="tcp", port="8000", source_ips=EVERYWHERE, destination_ips=[])
+    assert [ask(address_of(left), port) for port in (8000, 9000)] == ["left", "left"]
+    made = client.firewalls.create("web", [rule], resources=[FirewallResource("server", server=left)])
+    for action in made.actions:
+        action.wait_until_finished()
+    assert [ask(address_of(left), port) for port in (8000, 9000)] == ["left", None]
+    assert ask(address_of(right), 9000) == "right"
+    # A flow that goes out has its answers, though nothing else comes in.
+    shown = client.servers.get_by_id(left.id).public_net.firewalls
+    assert [(one.firewall.id, one.status) for one in shown] == [(made.firewall.id, "applied")]
+    wider = FirewallRule(direction="in", protocol="tcp", port="8000-9000", source_ips=EVERYWHERE, destination_ips=[])
+    for action in made.firewall.set_rules([wider]):
+        action.wait_until_finished()
+    assert ask(address_of(left), 9000) == "left"
+    for action in made.firewall.remove_from_resources([FirewallResource("server", server=left)]):
+        action.wait_until_finished()
+    made.firewall.delete()
+    assert ssh(key, address_of(left), "hostname").strip() == "left"
+
+
+def test_a_firewall_for_going_out(cloud: LocalCloud, servers: list[BoundServer], key: Path) -> None:
+    """With a rule for going out, everything else stays inside; answers to what came in still leave."""
+    client, (left, right) = cloud.client(), servers
+    rules = [
+        FirewallRule(direction="in", protocol="tcp", port="22", source_ips=EVERYWHERE, destination_ips=[]),
+        FirewallRule(direction="out", protocol="tcp", port="8000", source_ips=[], destination_ips=EVERYWHERE),
+    ]
+    made = client.firewalls.create("out", rules, resources=[FirewallResource("server", server=left)])
+    for action in made.actions:
+        action.wait_until_finished()
+    look = "timeout 2 bash -c 'cat < /dev/tcp/{address}/{port}' || echo nobody"
+    seen = [ssh(key, address_of(left), look.format(address=address_of(right), port=port)) for port in (8000, 9000)]
+    assert [one.strip() for one in seen] == ["right", "nobody"]
+    for action in made.firewall.remove_from_resources([FirewallResource("server", server=left)]):
+        action.wait_until_finished()
+    made.firewall.delete()
+
+
+def test_a_floating_address_moves(cloud: LocalCloud, servers: list[BoundServer], key: Path) -> None:
+    """It leads to the server that it is assigned to, which must carry it; reassigned, to the other, at once."""
+    client: Client = cloud.client()
+    made = client.floating_ips.create("ipv4", name="service", home_location=Location(name="fsn1"))
+    floating = made.floating_ip
+    for server in servers:
+        ssh(key, address_of(server), f"ip address add {floating.ip}/32 dev eth0")
+    for server in servers:
+        floating.assign(server).wait_until_finished()
+        assert ask(floating.ip, 8000) == server.name
+        assert client.floating_ips.get_by_id(floating.id).server.id == server.id
+    # Who does not have it may carry it, but nothing that is sent under it gets through.
+    left, right = servers
+    send = "timeout 2 bash -c 'exec 3<>/dev/tcp/{address}/8000; cat <&3' || echo nobody"
+    script = f"ip route add {address_of(right)}/32 via 172.31.1.1 dev eth0 onlink src {floating.ip}; "
+    script += send.format(address=address_of(right)) + f"; ip route del {address_of(right)}/32"
+    assert ssh(key, address_of(left), script).strip() == "nobody"
+    floating.unassign().wait_until_finished()
+    assert ask(floating.ip, 8000) is None
+    floating.delete()
