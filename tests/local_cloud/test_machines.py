@@ -163,6 +163,13 @@ def test_a_server_has_the_addresses_of_the_real_cloud(cloud: Cloud, server: int)
     socket.create_connection((f"2001:db8:77:{server:x}::1", 22), timeout=3).close()
 
 
+def test_users_of_this_host_have_no_way_to_a_disk(cloud: Cloud, server: int) -> None:
+    """What root of a server leaves for everybody, such as a setuid program, is out of reach of others here."""
+    assert (cloud.state / "pool" / "servers" / str(server)).is_dir()
+    for path in (cloud.state / "pool", cloud.state / "pool.img"):
+        assert path.stat().st_mode & 0o077 == 0
+
+
 def test_the_package_mirror_is_reached_through_the_host(cloud: Cloud, server: int) -> None:
     """The first source in apt's list answers."""
     command = "curl -sSf -m 20 -o /dev/null $(grep -m1 -o 'http[^ ]*' /etc/apt/sources.list)/dists/trixie/Release"

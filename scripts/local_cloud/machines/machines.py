@@ -64,7 +64,7 @@ class LocalMachines:
         Raises HostUnfit if the host cannot do it, MachineFailed if it does not.
         """
         check_host()
-        self._state.mkdir(parents=True, exist_ok=True)
+        self._state.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._hold()
         self._closing.clear()
         try:

@@ -57,6 +57,8 @@ class Pool:
             if not is_mounted(self.root):
                 run(["mount", "-t", "btrfs", "-o", "loop,noatime,discard=async", self._file, self.root])
             run(["btrfs", "filesystem", "resize", "max", self.root])  # a kill may have come between the two steps
+        # A program that root of a server gave to everybody (setuid) must not be within reach of this host's users.
+        self.root.chmod(0o700)
         for kind in ("base", "servers", "images"):
             (self.root / kind).mkdir(exist_ok=True)
         for path in self.root.glob("*/*.unfinished"):  # a kill came between
@@ -157,6 +159,7 @@ class Pool:
             return False
         unfinished = self._unfinished_file
         unfinished.unlink(missing_ok=True)
+        unfinished.touch(mode=0o600)  # it holds what only root of a server may read
         with unfinished.open("wb") as file:
             file.truncate(min(_FIRST_SIZE, max(GIB, free_bytes(self._file.parent) - _HOST_RESERVE)))
         try:
