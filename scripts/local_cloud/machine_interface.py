@@ -37,6 +37,25 @@ class FirewallRule:
     ports: tuple[int, int] | None
 
 
+@dataclass(frozen=True)
+class PrivateLink:
+    """A server's interface in a private network: its addresses, and what lies behind the network's gateway.
+
+    ``ip_range`` is that of the network and ``subnet`` the part of it which ``ip`` is from, both CIDRs. ``routes`` are
+    the network's own, each a destination (CIDR) and the member's address that what goes there is handed to.
+    """
+
+    network_id: int
+    network_name: str
+    ip: str
+    alias_ips: tuple[str, ...]
+    mac_address: str
+    ip_range: str
+    subnet: str
+    gateway: str
+    routes: tuple[tuple[str, str], ...]
+
+
 class Machines(Protocol):
     """Servers and images by the ids that the API gave them; any method may be called from any thread.
 
@@ -82,6 +101,14 @@ class Machines(Protocol):
 
         With rules, what comes in is dropped unless a rule or a known flow lets it through; what goes out only if there
         is a rule for going out. Holds until the disk is deleted or the local cloud ends.
+        """
+        ...
+
+    def set_private_links(self, server_id: int, links: tuple[PrivateLink, ...]) -> None:
+        """Replaces a server's interfaces in private networks, be it on or off; at once.
+
+        An interface whose network and address stay is not interrupted; the routes inside a running server stay as they
+        are until its next start. Holds until the disk is deleted or the local cloud ends.
         """
         ...
 

@@ -61,6 +61,25 @@ resource "hcloud_floating_ip_assignment" "service" {
   server_id      = hcloud_server.node.id
 }
 
+resource "hcloud_network" "inner" {
+  name     = "inner"
+  ip_range = "10.0.0.0/16"
+  labels   = { version = var.label }
+}
+
+resource "hcloud_network_subnet" "nodes" {
+  network_id   = hcloud_network.inner.id
+  type         = "cloud"
+  network_zone = "eu-central"
+  ip_range     = "10.0.1.0/24"
+}
+
+resource "hcloud_network_route" "beyond" {
+  network_id  = hcloud_network.inner.id
+  destination = "10.100.1.0/24"
+  gateway     = "10.0.1.5"
+}
+
 resource "hcloud_server" "node" {
   name               = var.name
   server_type        = "cx23"
@@ -76,4 +95,10 @@ resource "hcloud_server" "node" {
     ipv4         = hcloud_primary_ip.node.id
     ipv6_enabled = false
   }
+  network {
+    network_id = hcloud_network.inner.id
+    ip         = "10.0.1.5"
+    alias_ips  = ["10.0.1.6"]
+  }
+  depends_on = [hcloud_network_subnet.nodes]
 }

@@ -9,6 +9,7 @@ from hcloud import Client
 from hcloud.firewalls import FirewallResource, FirewallRule
 from hcloud.images import Image
 from hcloud.locations import Location
+from hcloud.networks import NetworkSubnet
 from hcloud.server_types import ServerType
 from hcloud.servers import BoundServer
 
@@ -120,3 +121,47 @@ def test_a_floating_address_moves(cloud: LocalCloud, servers: list[BoundServer],
     floating.unassign().wait_until_finished()
     assert ask(floating.ip, 8000) is None
     floating.delete()
+
+
+def test_private_networks(cloud: LocalCloud, servers: list[BoundServer], key: Path) -> None:
+    """Members reach each other through the gateway; whoever is in another network of the same range does not."""
+    client, (left, right) = cloud.client(), servers
+    subnet = NetworkSubnet(type="cloud", network_zone="eu-central", ip_range="10.7.1.0/24")
+    inner, other = (client.networks.create(name, "10.7.0.0/16", subnets=[subnet]) for name in ("inner", "other"))
+    known = client.ssh_keys.get_by_name("network")
+    third = client.servers.create(
+        "third", ServerType(name="cx23"), Image(name="debian-13"), ssh_keys=[known], networks=[other]
+    )
+    try:
+        for action in [third.action, *third.next_actions]:
+            action.wait_until_finished()
+        left.attach_to_network(inner, ip="10.7.1.5", alias_ips=["10.7.1.6"]).wait_until_finished()
+        right.attach_to_network(inner).wait_until_finished()
+        [shown] = client.servers.get_by_id(right.id).private_net
+        assert (shown.ip, shown.network.id) == ("10.7.1.1", inner.id)
+        look = "timeout 2 bash -c 'cat < /dev/tcp/10.7.1.5/8000' || echo nobody"
+        seen = [ssh(key, address_of(one), look).strip() for one in (right, third.server)]
+        assert seen == ["left", "nobody"]
+        # The same subnet, and yet no neighbour: everything goes by the gateway, and nothing to all.
+        state = ssh(key, address_of(right), "cat /sys/class/net/enp7s0/mtu; ip -4 -o address show dev enp7s0; ip route")
+        assert state.startswith("1450\n")
+        assert "10.7.1.1/32" in state
+        assert "10.7.0.0/16 via 10.7.0.1 dev enp7s0" in state
+        # An address of another member is not to be had by setting it.
+        source = "import socket; print(socket.create_connection((\"10.7.1.5\", 8000), 2, (\"{}\", 0)).recv(9).decode())"
+        steal = "ip address add 10.7.1.77/32 dev enp7s0; python3 -c '{}' 2>/dev/null || echo nobody"
+        tries = [steal.format(source.format(ip)) for ip in ("10.7.1.1", "10.7.1.77")]
+        seen = [ssh(key, address_of(right), one).strip() for one in tries]
+        assert seen == ["left", "nobody"]
+        told = ssh(key, address_of(left), "curl -fsS http://169.254.169.254/hetzner/v1/metadata/private-networks")
+        assert "- ip: 10.7.1.5\n  alias_ips: [\"10.7.1.6\"]\n  interface_num: 1\n" in told
+        assert "network: 10.7.0.0/16\n  subnet: 10.7.1.0/24\n  gateway: 10.7.0.1\n" in told
+        # It is there from the boot on, and gone with the network.
+        right.reset().wait_until_finished()
+        assert ssh(key, address_of(right), look).strip() == "left"
+        inner.delete()
+        assert "gone" in ssh(key, address_of(left), "sleep 1; ip link show enp7s0 || echo gone")
+        assert client.servers.get_by_id(left.id).private_net == []
+    finally:
+        third.server.delete().wait_until_finished()
+        other.delete()

@@ -12,7 +12,6 @@ _ABSENT = {
     "load_balancer_types": "load balancer type",
     "certificates": "certificate",
     "zones": "zone",
-    "networks": "network",
 }
 
 

@@ -77,7 +77,7 @@ def add_routes(app: falcon.App, prefix: str, project: Project) -> None:
     everything = _AllActions(project)
     app.add_route(f"{prefix}/actions", everything)
     app.add_route(f"{prefix}/actions/{{action_id:int}}", everything, suffix="member")
-    for kind in ("server", "image", "primary_ip", "floating_ip", "firewall"):
+    for kind in ("server", "image", "primary_ip", "floating_ip", "firewall", "network"):
         resource, root = _ResourceActions(project, kind), f"{prefix}/{kind}s"
         app.add_route(f"{root}/actions", resource)
         app.add_route(f"{root}/actions/{{action_id:int}}", resource, suffix="member")

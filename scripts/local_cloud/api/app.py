@@ -15,6 +15,7 @@ from scripts.local_cloud.api import (
     fixed,
     floating_ips,
     images,
+    networks,
     placement_groups,
     primary_ips,
     server_actions,
@@ -126,6 +127,7 @@ def create_app(project: Project, faults: Faults, token: str) -> Callable[..., It
     primary_ips.add_routes(app, PREFIX, project)
     floating_ips.add_routes(app, PREFIX, project)
     firewalls.add_routes(app, PREFIX, project)
+    networks.add_routes(app, PREFIX, project)
     placement_groups.add_routes(app, PREFIX, project)
     servers.add_routes(app, PREFIX, project)
     server_actions.add_routes(app, PREFIX, project)

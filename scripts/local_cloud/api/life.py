@@ -6,6 +6,7 @@ from collections import defaultdict
 from contextlib import nullcontext
 from typing import Any
 
+from scripts.local_cloud.api import attachments
 from scripts.local_cloud.api.actions import ActionFailed, Actions, Step
 from scripts.local_cloud.api.catalogue import Catalogue
 from scripts.local_cloud.api.firewall_rules import delist, enlist, find_effective_rules, forget_server
@@ -27,8 +28,8 @@ class Life:
 
     Ends that others rely on: a server whose creation fails or is cut short is gone; one whose rebuild is has no disk
     and stays off until the next rebuild; one whose deletion is cut short is gone after the next start; an image that
-    could not be written is ``unavailable``. Whatever went wrong with floating IPs and firewalls, the next start of the
-    cloud tells the machines anew what the records say.
+    could not be written is ``unavailable``; an attachment to a network that is cut short is gone. Whatever went wrong
+    with floating IPs, firewalls and networks, the next start of the cloud tells the machines anew what the records say.
     """
 
     def __init__(self, store: Store, machines: Machines, actions: Actions, catalogue: Catalogue):
@@ -53,6 +54,7 @@ class Life:
             self._free_floating_ips(server_id)
             with self._store.transaction():
                 forget_server(self._store, server_id)
+                attachments.forget_server(self._store, server_id)
                 for address in self._store.read_all("primary_ip"):
                     if address["assignee_id"] != server_id:
                         continue
@@ -157,6 +159,33 @@ class Life:
                 enlist(self._store, firewall_id, server_id)
                 raise
 
+    def connect(self, server_id: int) -> None:
+        """Makes a server's private networks hold as their records are; without a disk they hold from the next start."""
+        with self._guard(server_id):
+            self._connect(server_id)
+
+    def attach(self, server_id: int, attachment_id: int) -> None:
+        """Attaches a server to a network; where that fails it is not attached, and the record is gone."""
+        with self._guard(server_id):
+            try:
+                self._connect(server_id)
+            except MachineFailed:
+                attachments.delist(self._store, attachment_id)
+                self._try(self._connect, server_id)
+                raise
+            attachments.settle(self._store, attachment_id)
+
+    def detach(self, attachment: Document) -> None:
+        """Ends an attachment; it stays if the machine could not be told."""
+        server_id = attachment["server_id"]
+        with self._guard(server_id):
+            attachments.delist(self._store, attachment["id"])
+            try:
+                self._connect(server_id)
+            except MachineFailed:
+                attachments.put_back(self._store, attachment)
+                raise
+
     def settle(self, server_id: int) -> None:
         """Sets the record to what the machine is, after something failed."""
         with self._guard(server_id):
@@ -180,6 +209,7 @@ class Life:
         for address in self._store.read_all("floating_ip"):
             if address["server_id"] is not None:
                 self._try(self._route_anew, address["id"])
+        attachments.forget_pending(self._store)
         for firewall in self._store.read_all("firewall"):
             self._store.change("firewall", firewall["id"], pending=[])
         for server in self._store.read_all("server"):
@@ -270,6 +300,8 @@ class Life:
         rules = find_effective_rules(self._store, server)
         if rules is not None:
             self._machines.set_firewall(server_id, rules)
+        if links := attachments.find_links(self._store, server_id):
+            self._machines.set_private_links(server_id, links)
         if not self._machines.is_running(server_id):
             self._machines.start(self._specify(server))
         self._pressed.discard(server_id)
@@ -279,6 +311,11 @@ class Life:
         server = self._store.find("server", server_id)
         if server is not None and server["has_disk"]:
             self._machines.set_firewall(server_id, find_effective_rules(self._store, server))
+
+    def _connect(self, server_id: int) -> None:
+        server = self._store.find("server", server_id)
+        if server is not None and server["has_disk"]:
+            self._machines.set_private_links(server_id, attachments.find_links(self._store, server_id))
 
     def _free_floating_ips(self, server_id: int) -> None:
         with self._routing:

@@ -23,6 +23,7 @@ class Limits:
     images: int = 200
     floating_ips: int = 100
     firewalls: int = 50
+    networks: int = 50
     placement_groups: int = 50
     requests_per_hour: int = 3600
 

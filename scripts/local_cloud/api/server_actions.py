@@ -6,10 +6,12 @@ from typing import Any
 
 import falcon
 
+from scripts.local_cloud.api import attachments
 from scripts.local_cloud.api.actions import Step
 from scripts.local_cloud.api.bodies import Fields, read_fields
 from scripts.local_cloud.api.errors import Protected, StateRefused, Unsupported
 from scripts.local_cloud.api.images import begin_snapshot, check_image, find_image, name_for_machines
+from scripts.local_cloud.api.networks import require_idle
 from scripts.local_cloud.api.placement_groups import require_room_in_group, show_placement_group
 from scripts.local_cloud.api.project import Project
 from scripts.local_cloud.api.servers import make_password, read_user_data
@@ -20,11 +22,8 @@ Respond = Callable[[Project, Fields, Document], Document]  # to a request about 
 # Actions of the real API that this local cloud does not have yet.
 _ABSENT = (
     "attach_iso",
-    "attach_to_network",
-    "change_alias_ips",
     "change_dns_ptr",
     "change_type",
-    "detach_from_network",
     "detach_iso",
     "disable_backup",
     "disable_rescue",
@@ -147,6 +146,91 @@ def _remove_from_placement_group(project: Project, fields: Fields, server: Docum
     return {"action": project.actions.begin([step], hold=[resource])[0]}
 
 
+def _read_network(project: Project, fields: Fields) -> Document | None:
+    network_id = fields.number("network", required=True)
+    network = None if network_id is None else project.store.find("network", network_id)
+    if network_id is not None and network is None:
+        fields.blame("network", f"network {network_id} not found")
+    return network
+
+
+def _read_aliases(fields: Fields) -> list[str]:
+    aliases = fields.items("alias_ips")
+    if any(attachments.parse_address(each) is None for each in aliases):
+        fields.blame("alias_ips", "must be a list of IPv4 addresses")
+    elif len(aliases) > attachments.ALIASES_LIMIT:
+        fields.blame("alias_ips", f"must be at most {attachments.ALIASES_LIMIT}")
+    return aliases
+
+
+def _zone_of(project: Project, server: Document) -> str:
+    location = project.catalogue.find_location(server["location"])
+    return location.network_zone if location else ""
+
+
+def _begin_in_network(
+    project: Project,
+    server: Document,
+    network_id: int,
+    command: str,
+    work: Callable[[], None],
+    undo: Callable[[], None] = lambda: None,
+) -> Document:
+    resource, network = ("server", server["id"]), ("network", network_id)
+    step = Step(command, (resource, network), work, undo)
+    return {"action": project.actions.begin([step], hold=[resource], use=[network])[0]}
+
+
+def _attach_to_network(project: Project, fields: Fields, server: Document) -> Document:
+    network, aliases = _read_network(project, fields), _read_aliases(fields)
+    ip, ip_range = fields.text("ip"), fields.text("ip_range")
+    if ip is not None and attachments.parse_address(ip) is None:
+        fields.blame("ip", "must be an IPv4 address")
+    known = [each["ip_range"] for each in network["subnets"]] if network else []
+    if network and ip_range is not None and ip_range not in known:
+        fields.blame("ip_range", "must be the range of one of the network's subnets")
+    fields.check()
+    require_idle(project, network["id"])
+    project.actions.require_free(("server", server["id"]))
+    zone, store = _zone_of(project, server), project.store
+    made = attachments.enlist(store, server["id"], network, zone, ip=ip, aliases=aliases, ip_range=ip_range)
+    work = partial(project.life.attach, server["id"], made["id"])
+    undo = partial(attachments.delist, store, made["id"])
+    return _begin_in_network(project, server, network["id"], "attach_to_network", work, undo)
+
+
+def _find_attachment(project: Project, fields: Fields, server: Document) -> tuple[Document, Document]:
+    """The network that a request names, and the server's attachment to it."""
+    network = _read_network(project, fields)
+    fields.check()
+    found = attachments.find_attachment(project.store, server["id"], network["id"])
+    if found is None:
+        raise StateRefused("service_error", f"server with ID {server['id']} is not attached to the network")
+    require_idle(project, network["id"])
+    project.actions.require_free(("server", server["id"]))
+    return network, found
+
+
+def _detach_from_network(project: Project, fields: Fields, server: Document) -> Document:
+    network, found = _find_attachment(project, fields, server)
+    work = partial(project.life.detach, found)
+    return _begin_in_network(project, server, network["id"], "detach_from_network", work)
+
+
+def _change_alias_ips(project: Project, fields: Fields, server: Document) -> Document:
+    aliases = _read_aliases(fields)
+    if not fields.has("alias_ips"):
+        fields.blame("alias_ips", "Missing data for required field.")
+    network, found = _find_attachment(project, fields, server)
+    attachments.require_aliases(project.store, found, network, aliases, _zone_of(project, server))
+    # On record at once, so that no other server takes them meanwhile.
+    changed = found | {"alias_ips": aliases}
+    attachments.put_back(project.store, changed)
+    undo = partial(attachments.put_back, project.store, found)
+    work = partial(project.life.connect, server["id"])
+    return _begin_in_network(project, server, network["id"], "change_alias_ips", work, undo)
+
+
 def _refuse(project: Project, fields: Fields, server: Document) -> Document:
     raise Unsupported("this local cloud does not have this action yet")
 
@@ -162,6 +246,9 @@ _RESPONDERS: dict[str, Respond] = {
     "change_protection": _change_protection,
     "add_to_placement_group": _add_to_placement_group,
     "remove_from_placement_group": _remove_from_placement_group,
+    "attach_to_network": _attach_to_network,
+    "detach_from_network": _detach_from_network,
+    "change_alias_ips": _change_alias_ips,
     **dict.fromkeys(_ABSENT, _refuse),
 }
 

@@ -2,10 +2,12 @@
 
 import secrets
 import string
+from functools import partial
 from typing import Any
 
 import falcon
 
+from scripts.local_cloud.api import attachments
 from scripts.local_cloud.api.actions import Step
 from scripts.local_cloud.api.bodies import Fields, read_fields
 from scripts.local_cloud.api.catalogue import INCLUDED_TRAFFIC_BYTES, Location, ServerType
@@ -16,6 +18,7 @@ from scripts.local_cloud.api.firewalls import follow_labels, require_room_for_fi
 from scripts.local_cloud.api.floating_ips import list_of_server
 from scripts.local_cloud.api.images import check_image, find_image, name_for_machines, show_image
 from scripts.local_cloud.api.listing import answer_list, filter_any, filter_equal, filter_labels
+from scripts.local_cloud.api.networks import require_idle
 from scripts.local_cloud.api.placement_groups import require_room_in_group, show_placement_group
 from scripts.local_cloud.api.primary_ips import (
     find_of_server,
@@ -33,7 +36,6 @@ _NAME_USED = "server name is already used"
 _STATUSES = ("running", "initializing", "starting", "stopping", "off", "deleting", "migrating", "rebuilding", "unknown")
 # What a request can ask for, by field, that this local cloud does not have yet.
 _ABSENT = {
-    "networks": "networks",
     "volumes": "volumes",
 }
 
@@ -60,7 +62,7 @@ def render_server(project: Project, record: Document) -> Document:
         "status": record["status"],
         "created": record["created"],
         "public_net": _render_public_net(project, record),
-        "private_net": [],
+        "private_net": attachments.show_private_net(project.store, record["id"]),
         "server_type": server_type.render(catalogue.locations) if server_type else None,
         "location": location.render() if location else None,
         "image": show_image(project, record["image_id"]),
@@ -149,7 +151,9 @@ class Servers:
         with self._store.transaction():
             image, public_keys = self._read_image(fields, server_type), self._read_keys(fields)
             wanted, firewalls = self._read_public_net(fields), self._read_firewalls(fields)
-            group_id = self._read_placement_group(fields)
+            group_id, networks = self._read_placement_group(fields), self._read_networks(fields)
+            if not wanted and not networks:
+                fields.blame("public_net", "a server without a public address needs a network")
             fields.check()
             if group_id is not None:
                 require_room_in_group(self._project, group_id)
@@ -181,7 +185,10 @@ class Servers:
             for firewall_id in firewalls:
                 require_room_for_firewall(self._project, record, firewall_id)
                 enlist(self._store, firewall_id, record["id"])
-            actions = self._begin(record, image, bool(start))
+            attached = [
+                attachments.enlist(self._store, record["id"], network, location.network_zone) for network in networks
+            ]
+            actions = self._begin(record, image, attached, bool(start))
             document = render_server(self._project, record)
         resp.status = falcon.HTTP_201
         resp.media = {
@@ -191,7 +198,7 @@ class Servers:
             "root_password": record["root_password"],
         }
 
-    def _begin(self, record: Document, image: Document, start: bool) -> list[Document]:
+    def _begin(self, record: Document, image: Document, attached: list[Document], start: bool) -> list[Document]:
         life, server_id = self._project.life, record["id"]
         resource, source = ("server", server_id), name_for_machines(image)
 
@@ -201,10 +208,15 @@ class Servers:
                 self._store.change("server", server_id, status="starting")
 
         steps = [Step("create_server", (resource,), make, lambda: life.remove(server_id))]
+        networks = [("network", each["network_id"]) for each in attached]
+        for network, each in zip(networks, attached, strict=True):
+            attach = partial(life.attach, server_id, each["id"])
+            undo = partial(attachments.delist, self._store, each["id"])
+            steps.append(Step("attach_to_network", (resource, network), attach, undo))
         if start:
             starting = Step("start_server", (resource,), lambda: life.start(server_id), lambda: life.settle(server_id))
             steps.append(starting)
-        return self._project.actions.begin(steps, hold=[resource], use=[("image", image["id"])])
+        return self._project.actions.begin(steps, hold=[resource], use=[("image", image["id"]), *networks])
 
     def _refuse_absent(self, fields: Fields) -> None:
         for name, what in _ABSENT.items():
@@ -283,9 +295,19 @@ class Servers:
                 fields.blame("public_net", f"primary IP {chosen} not found")
         for problem in nested.list_problems():
             fields.blame("public_net", problem)
-        if not wanted:
-            fields.blame("public_net", "a server without a public address needs a network")
         return wanted
+
+    def _read_networks(self, fields: Fields) -> list[Document]:
+        found = []
+        for reference in dict.fromkeys(fields.references("networks")):
+            is_id = reference.isascii() and reference.isdigit() and len(reference) < 17
+            network = self._store.find("network", int(reference)) if is_id else None
+            if network is None:
+                fields.blame("networks", f"network {reference} not found")
+            else:
+                require_idle(self._project, network["id"])
+                found.append(network)
+        return found
 
     def _give_addresses(self, record: Document, wanted: dict[str, int | None]) -> None:
         for kind, chosen in wanted.items():

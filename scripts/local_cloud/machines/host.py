@@ -109,3 +109,9 @@ def succeeds(command: Sequence[str | Path], *, stdin: str | None = None) -> bool
     except MachineFailed:
         return False
     return True
+
+
+def run_ip(*commands: str, namespace: str | None = None) -> None:
+    """Runs commands of ``ip``, one after the other, in a network namespace or the host's; raises MachineFailed."""
+    where = ["-n", namespace] if namespace else []
+    run(["ip", *where, "-batch", "-"], stdin="".join(f"{command}\n" for command in commands))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from scripts.local_cloud.machine_interface import FirewallRule, MachineFailed, MachineSpec
+from scripts.local_cloud.machine_interface import FirewallRule, MachineFailed, MachineSpec, PrivateLink
 from scripts.local_cloud.machines import base_image, seed
 from scripts.local_cloud.machines.cgroups import ControlGroups
 from scripts.local_cloud.machines.container import Containers, Launch, kill_leftovers, machine_name
@@ -80,7 +80,10 @@ class LocalMachines:
             self.network.open()
             self._resolvers = self.network.resolvers()
             self._metadata = MetadataService(
-                NAMESPACES / self.network.namespace, self._find_by_address, lambda: self._resolvers
+                NAMESPACES / self.network.namespace,
+                self._find_by_address,
+                lambda: self._resolvers,
+                self.network.private.find_interfaces,
             )
         except BaseException:
             try:
@@ -133,6 +136,7 @@ class LocalMachines:
             raise MachineFailed(f"server {server_id} is running")
         self.pool.delete(f"servers/{server_id}")
         self.network.filter(server_id, None)
+        self.network.private.replace(server_id, ())
         self.console(server_id).unlink(missing_ok=True)
 
     def start(self, spec: MachineSpec) -> None:
@@ -181,6 +185,9 @@ class LocalMachines:
 
     def set_firewall(self, server_id: int, rules: tuple[FirewallRule, ...] | None) -> None:
         self.network.filter(server_id, rules)
+
+    def set_private_links(self, server_id: int, links: tuple[PrivateLink, ...]) -> None:
+        self.network.private.replace(server_id, links)
 
     def snapshot(self, server_id: int, image_id: int) -> float:
         self.pool.copy(f"servers/{server_id}", f"images/{image_id}")

@@ -5,11 +5,11 @@ import json
 import os
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from scripts.local_cloud.machine_interface import MachineFailed, MachineSpec
+from scripts.local_cloud.machine_interface import MachineFailed, MachineSpec, PrivateLink
 from scripts.local_cloud.machines.network import METADATA_ADDRESS
 from scripts.local_cloud.machines.seed import network_config, vendor_data
 
@@ -20,13 +20,15 @@ _DEFAULT_REGION = "eu-central"
 _CALLER_TIMEOUT_S = 10.0
 
 
-def answer(path: str, spec: MachineSpec, resolvers: list[str]) -> str | None:
-    """The text at a path for a server, or None where there is nothing."""
+def answer(path: str, spec: MachineSpec, resolvers: list[str], links: Mapping[int, PrivateLink]) -> str | None:
+    """The text at a path for a server, or None where there is nothing; ``links`` are its private ones by number."""
     path = path.partition("?")[0].rstrip("/")
     if path == f"{_ROOT}/userdata":
         return spec.user_data
     if path == f"{_ROOT}/metadata":
         return _document(spec, resolvers)
+    if path == f"{_ROOT}/metadata/private-networks":
+        return private_networks(links)
     return _values(spec).get(path.removeprefix(f"{_ROOT}/metadata/")) if path.startswith(_ROOT) else None
 
 
@@ -35,12 +37,30 @@ def region_of(location: str) -> str:
     return _REGIONS.get(location, _DEFAULT_REGION)
 
 
+def private_networks(links: Mapping[int, PrivateLink]) -> str:
+    """The interfaces that cloud-init leaves alone, as YAML."""
+    texts = []
+    for number, link in sorted(links.items()):
+        fields = {
+            "ip": link.ip,
+            "alias_ips": json.dumps(list(link.alias_ips)),
+            "interface_num": number,
+            "mac_address": link.mac_address,
+            "network_id": link.network_id,
+            "network_name": json.dumps(link.network_name),
+            "network": link.ip_range,
+            "subnet": link.subnet,
+            "gateway": link.gateway,
+        }
+        texts.append("- " + "  ".join(f"{name}: {value}\n" for name, value in fields.items()))
+    return "".join(texts) or "[]\n"
+
+
 def _values(spec: MachineSpec) -> dict[str, str]:
     return {
         "hostname": spec.name,
         "instance-id": str(spec.server_id),
         "public-ipv4": spec.ipv4 or "",
-        "private-networks": "[]\n",
         "availability-zone": f"{spec.location}-dc1",
         "region": region_of(spec.location),
         "public-keys": json.dumps(list(spec.public_keys)),
@@ -96,17 +116,24 @@ class _Server(ThreadingHTTPServer):
 
 
 class MetadataService:
-    """Serves until closed; ``find`` gives the running server that has an address, or None."""
+    """Serves until closed.
+
+    ``find`` gives the running server that has an address, or None; ``find_private`` its private links by number.
+    """
 
     def __init__(
-        self, namespace: Path, find: Callable[[str], MachineSpec | None], resolvers: Callable[[], list[str]]
+        self,
+        namespace: Path,
+        find: Callable[[str], MachineSpec | None],
+        resolvers: Callable[[], list[str]],
+        find_private: Callable[[int], Mapping[int, PrivateLink]],
     ) -> None:
         class Handler(BaseHTTPRequestHandler):
             timeout = _CALLER_TIMEOUT_S
 
             def do_GET(self) -> None:
                 spec = find(self.client_address[0])
-                text = answer(self.path, spec, resolvers()) if spec else None
+                text = answer(self.path, spec, resolvers(), find_private(spec.server_id)) if spec else None
                 body = ("not found" if text is None else text).encode()
                 self.send_response(404 if text is None else 200)
                 self.send_header("Content-Type", "text/plain; charset=utf-8")

@@ -2,7 +2,8 @@
 
 Nothing is shared between servers: each has a link of its own to the cloud's namespace, which routes. A floating
 address is one more route in that namespace, and what a server sends under an address whose route does not lead back
-to its link is dropped. Links there are named after servers (``link_name``), so that rules can name them.
+to its link is dropped. Links there are named after servers (``link_name``), so that rules can name them. Private
+networks have namespaces of their own.
 """
 
 import hashlib
@@ -13,8 +14,9 @@ from pathlib import Path
 
 from scripts.local_cloud.machine_interface import FirewallRule, MachineFailed, MachineSpec
 from scripts.local_cloud.machines import firewall, host_settings
-from scripts.local_cloud.machines.host import run, succeeds
+from scripts.local_cloud.machines.host import run, run_ip, succeeds
 from scripts.local_cloud.machines.host_settings import NAMESPACES
+from scripts.local_cloud.machines.private_networks import PrivateNetworks
 
 GATEWAY_IPV4 = "172.31.1.1"
 GATEWAY_IPV6 = "fe80::1"
@@ -96,6 +98,7 @@ class Network:
     def __init__(self, tag: str, public_range: str, log: Callable[[str], None]) -> None:
         self.tag = tag
         self.namespace = f"{_PREFIX}{tag}"
+        self.private = PrivateNetworks(self.namespace)
         self._range = ipaddress.IPv4Network(public_range)
         self._host_link = f"{_PREFIX}{tag}"
         self._table = f"mlc_{tag}"
@@ -111,7 +114,7 @@ class Network:
         host, cloud = transfer_addresses(self.tag)
         host_settings.claim(self.tag)
         run(["ip", "netns", "add", self.namespace])
-        _ip(
+        run_ip(
             f"link add {self._host_link} type veth peer name {_UPLINK} netns {self.namespace}",
             f"address add {host} peer {cloud} dev {self._host_link}",
             f"link set {self._host_link} up",
@@ -120,7 +123,7 @@ class Network:
             ["sysctl", "-q", "net.ipv4.ip_forward=1", "net.ipv4.conf.all.rp_filter=1"]
             + (["net.ipv6.conf.all.forwarding=1", "net.ipv6.conf.default.accept_dad=0"] if _IPV6.exists() else [])
         )
-        _ip(
+        run_ip(
             "link set lo up",
             f"address add {METADATA_ADDRESS}/32 dev lo",
             f"address add {cloud} peer {host} dev {_UPLINK}",
@@ -130,7 +133,7 @@ class Network:
             namespace=self.namespace,
         )
         try:
-            _ip(f"route add {self._range} via {cloud} src {host}")
+            run_ip(f"route add {self._range} via {cloud} src {host}")
         except MachineFailed as error:
             raise MachineFailed(f"{self._range} is in use on this host, by another local cloud perhaps") from error
         self._open_ipv6()
@@ -141,6 +144,7 @@ class Network:
     def close(self) -> None:
         """Removes all of it, a killed predecessor's too; what is not there is no error."""
         self._floating.clear()
+        self.private.forget()
         for path in self.namespaces():
             self._remove_namespace(path.name)
         succeeds(["ip", "link", "delete", self._host_link])  # goes with the namespace, but a little later
@@ -158,7 +162,7 @@ class Network:
         inside = self.server_namespace(spec.server_id)
         link = link_name(spec.server_id)
         run(["ip", "netns", "add", inside])
-        _ip(
+        run_ip(
             f"link add {link} type veth peer name eth0 address {mac_address(spec.server_id)} netns {inside}",
             f"address add {GATEWAY_IPV4}/32 dev {link}",
             f"link set {link} up",
@@ -166,7 +170,7 @@ class Network:
             namespace=self.namespace,
         )
         if spec.ipv6_network and _IPV6.exists():
-            _ip(
+            run_ip(
                 f"address add {GATEWAY_IPV6}/64 dev {link} nodad",
                 f"route replace {spec.ipv6_network} dev {link}",
                 namespace=self.namespace,
@@ -178,10 +182,12 @@ class Network:
             for network, server_id in self._floating.items():
                 if server_id == spec.server_id:
                     self._lead(network, link)
+        self.private.lay(spec.server_id, inside)
 
     def remove_server(self, server_id: int, ipv6_network: str | None) -> None:
         """Removes a server's link, namespace and routes; what is not there is no error."""
         succeeds(["ip", "-n", self.namespace, "link", "delete", link_name(server_id)])  # its routes go with it
+        self.private.take_up(server_id)
         if ipv6_network:
             succeeds(["ip", "route", "delete", ipv6_network, "dev", self._host_link])
         if (NAMESPACES / self.server_namespace(server_id)).exists():
@@ -219,13 +225,14 @@ class Network:
 
     def _lead(self, network: str, link: str) -> None:
         ipv6 = ":" in network
-        _ip(f"route replace {network} dev {link}" + ("" if ipv6 else f" src {GATEWAY_IPV4}"), namespace=self.namespace)
+        source = "" if ipv6 else f" src {GATEWAY_IPV4}"
+        run_ip(f"route replace {network} dev {link}{source}", namespace=self.namespace)
         if ipv6 or not ipaddress.IPv4Network(network).subnet_of(self._range):
             self._route_from_host(network)
 
     def _route_from_host(self, network: str) -> None:
         host, cloud = transfer_addresses_ipv6(self.tag) if ":" in network else transfer_addresses(self.tag)
-        _ip(f"route replace {network} via {cloud} dev {self._host_link} src {host}")
+        run_ip(f"route replace {network} via {cloud} dev {self._host_link} src {host}")
 
     def _open_ipv6(self) -> None:
         if not _IPV6.exists():
@@ -233,8 +240,8 @@ class Network:
         # The host does not begin to forward IPv6: it might lose its own address. So servers learn at once that there is
         # no way out, instead of waiting for answers.
         host, cloud = transfer_addresses_ipv6(self.tag)
-        _ip(f"address add {host}/126 dev {self._host_link} nodad")
-        _ip(
+        run_ip(f"address add {host}/126 dev {self._host_link} nodad")
+        run_ip(
             f"address add {cloud}/126 dev {_UPLINK} nodad",
             "route add unreachable ::/0",
             namespace=self.namespace,
@@ -258,11 +265,6 @@ class Network:
     def _remove_namespace(self, name: str) -> None:
         if not succeeds(["ip", "netns", "delete", name]):  # made by half: a file without its mount
             (NAMESPACES / name).unlink(missing_ok=True)
-
-
-def _ip(*commands: str, namespace: str | None = None) -> None:
-    where = ["-n", namespace] if namespace else []
-    run(["ip", *where, "-batch", "-"], stdin="".join(f"{command}\n" for command in commands))
 
 
 def _is_local(address: str) -> bool:

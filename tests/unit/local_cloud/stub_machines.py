@@ -4,7 +4,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 
-from scripts.local_cloud.machine_interface import FirewallRule, MachineFailed, MachineSpec
+from scripts.local_cloud.machine_interface import FirewallRule, MachineFailed, MachineSpec, PrivateLink
 
 
 @dataclass
@@ -22,6 +22,7 @@ class StubMachines:
     overlaps: list[int] = field(default_factory=list)
     routes: dict[str, int | None] = field(default_factory=dict)
     filters: dict[int, tuple[FirewallRule, ...] | None] = field(default_factory=dict)
+    private: dict[int, tuple[PrivateLink, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
@@ -52,6 +53,7 @@ class StubMachines:
         assert server_id not in self.running, "the disk of a running machine was deleted"
         self.disks.pop(server_id, None)
         self.filters.pop(server_id, None)
+        self.private.pop(server_id, None)
 
     def start(self, spec: MachineSpec) -> None:
         self._ask("start", spec.server_id)
@@ -85,6 +87,11 @@ class StubMachines:
         self._ask("set_firewall", server_id)
         assert server_id in self.disks, "the traffic of a server that is not there was filtered"
         self.filters[server_id] = rules
+
+    def set_private_links(self, server_id: int, links: tuple[PrivateLink, ...]) -> None:
+        self._ask("set_private_links", server_id)
+        assert server_id in self.disks, "a server that is not there was connected"
+        self.private[server_id] = links
 
     def snapshot(self, server_id: int, image_id: int) -> float:
         self._ask("snapshot", server_id)

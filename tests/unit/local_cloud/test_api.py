@@ -13,7 +13,6 @@ EMPTY = (
     "load_balancer_types",
     "certificates",
     "zones",
-    "networks",
     "isos",
 )
 

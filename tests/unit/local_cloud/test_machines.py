@@ -1,12 +1,24 @@
 """What the local machines decide before they touch the host: names, seeds, growth, and what belongs to whom."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from scripts.local_cloud.machine_interface import FirewallRule, MachineFailed, MachineSpec, PoolFull
-from scripts.local_cloud.machines import base_image, cgroups, container, firewall, host, metadata, network, pool, seed
+from scripts.local_cloud.machine_interface import FirewallRule, MachineFailed, MachineSpec, PoolFull, PrivateLink
+from scripts.local_cloud.machines import (
+    base_image,
+    cgroups,
+    container,
+    firewall,
+    host,
+    metadata,
+    network,
+    pool,
+    private_networks,
+    seed,
+)
 
 KEY = "ssh-ed25519 AAAA someone"
 SPEC = MachineSpec(
@@ -68,9 +80,9 @@ def test_mac_addresses_follow_the_id() -> None:
 
 
 def test_namespaces_of_a_cloud_are_told_from_others() -> None:
-    """Only names with the cloud's own tag are its own, and its servers' go before its own."""
-    names = ["mlc-abcdef", "mlc-abcdef-1", "mlc-abcdeff", "mlc-123456-1", "blue"]
-    assert network.namespaces_of("abcdef", names) == ["mlc-abcdef-1", "mlc-abcdef"]
+    """Only names with the cloud's own tag are its own, and all others go before the one that is only its tag."""
+    names = ["mlc-abcdef", "mlc-abcdef-1", "mlc-abcdef-n9", "mlc-abcdeff", "mlc-123456-1", "blue"]
+    assert network.namespaces_of("abcdef", names) == ["mlc-abcdef-n9", "mlc-abcdef-1", "mlc-abcdef"]
 
 
 def test_resolvers_on_loopback_are_of_no_use_to_servers() -> None:
@@ -170,12 +182,12 @@ def test_links_on_a_disk_do_not_lead_to_the_hosts_files(tmp_path: Path) -> None:
 )
 def test_metadata_paths(path: str, text: str | None) -> None:
     """Each path answers with what it names, others with nothing."""
-    assert metadata.answer(path, SPEC, RESOLVERS) == text
+    assert metadata.answer(path, SPEC, RESOLVERS, {}) == text
 
 
 def test_the_whole_metadata_is_one_field_a_line() -> None:
     """Every line is a YAML field whose value is JSON."""
-    text = metadata.answer("/hetzner/v1/metadata", SPEC, RESOLVERS)
+    text = metadata.answer("/hetzner/v1/metadata", SPEC, RESOLVERS, {})
     assert text is not None
     fields = {line.split(": ", 1)[0]: json.loads(line.split(": ", 1)[1]) for line in text.splitlines()}
     assert fields["instance-id"] == 42
@@ -306,3 +318,62 @@ def test_the_images_name_changes_with_its_content() -> None:
     here, there = base_image.Mirror(None, None), base_image.Mirror("http://mirror.example/debian", None)
     assert base_image.content_key(here) == base_image.content_key(here)
     assert base_image.content_key(here) != base_image.content_key(there)
+
+
+LINK = PrivateLink(
+    network_id=9,
+    network_name="inner",
+    ip="10.0.1.5",
+    alias_ips=("10.0.1.6",),
+    mac_address="86:00:00:00:00:07",
+    ip_range="10.0.0.0/16",
+    subnet="10.0.1.0/24",
+    gateway="10.0.0.1",
+    routes=(("10.9.0.0/24", "10.0.1.6"), ("0.0.0.0/0", "10.0.1.7"), ("10.8.0.0/24", "10.0.1.7")),
+)
+
+
+def test_private_interfaces_keep_their_numbers() -> None:
+    """One that goes leaves the others where they are; a new one takes its place."""
+    first, second, third = (replace(LINK, network_id=number) for number in (1, 2, 3))
+    numbers = private_networks.number_links({}, (first, second))
+    assert numbers == {1: first, 2: second}
+    assert private_networks.number_links(numbers, (second,)) == {2: second}
+    assert private_networks.number_links({2: second}, (second, third)) == {2: second, 1: third}
+    assert [private_networks.interface_name(number) for number in (1, 2)] == ["enp7s0", "enp8s0"]
+
+
+def test_a_member_is_told_what_lies_behind_the_gateway() -> None:
+    """The network and its routes, but not a way to everywhere, and nothing that it leads to itself."""
+    commands = private_networks.inner_commands(1, LINK)
+    assert "address add 10.0.1.5/32 dev enp7s0" in commands
+    assert [each for each in commands if " via " in each] == [
+        "route add 10.0.0.0/16 via 10.0.0.1 dev enp7s0",
+        "route add 10.8.0.0/24 via 10.0.0.1 dev enp7s0",
+    ]
+
+
+def test_a_network_leads_to_a_member_and_to_what_is_behind_it() -> None:
+    """Its addresses, and the routes whose gateway it is."""
+    assert private_networks.router_commands(42, LINK) == [
+        "route replace unreachable 10.0.0.0/16",
+        "route replace 10.0.1.5/32 dev p42 src 10.0.0.1",
+        "route replace 10.0.1.6/32 dev p42 src 10.0.0.1",
+        "route replace 10.9.0.0/24 via 10.0.1.6 dev p42 onlink",
+    ]
+
+
+def test_private_networks_in_the_metadata() -> None:
+    """One entry an interface, in the form of the real cloud."""
+    assert metadata.answer("/hetzner/v1/metadata/private-networks", SPEC, RESOLVERS, {}) == "[]\n"
+    assert metadata.answer("/hetzner/v1/metadata/private-networks", SPEC, RESOLVERS, {2: LINK}) == (
+        "- ip: 10.0.1.5\n"
+        '  alias_ips: ["10.0.1.6"]\n'
+        "  interface_num: 2\n"
+        "  mac_address: 86:00:00:00:00:07\n"
+        "  network_id: 9\n"
+        '  network_name: "inner"\n'
+        "  network: 10.0.0.0/16\n"
+        "  subnet: 10.0.1.0/24\n"
+        "  gateway: 10.0.0.1\n"
+    )
