@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import requests
 from hcloud import APIException, Client
+from hcloud.actions import ActionTimeoutException
 from hcloud.images import Image
 from hcloud.server_types import ServerType
 
-from tests.local_cloud.harness import TOKEN, LocalCloud, make_key, running_cloud, ssh
+from tests.local_cloud.harness import TOKEN, LocalCloud, make_key, running_cloud, ssh, wait_until_off
+from tests.local_cloud.test_machines import traces
 
 SMALL, DEBIAN = ServerType(name="cx23"), Image(name="debian-13")
 
@@ -65,19 +67,24 @@ def test_work_that_a_kill_cuts_short_has_its_documented_end(host: None, tmp_path
         again.action.wait_until_finished()
 
 
-def test_twenty_servers_at_once(cloud: LocalCloud) -> None:
-    """All of them come up, with addresses of their own, and all of them go."""
-    client = cloud.client()
-    made = [client.servers.create(f"many-{number}", SMALL, DEBIAN) for number in range(20)]
-    for one in made:
-        for action in (one.action, *one.next_actions):
+def test_twenty_servers_at_once(host: None, tmp_path: Path) -> None:
+    """All of them come up, with addresses of their own, all of them go, and nothing of them is left behind."""
+    with running_cloud(tmp_path, addresses="198.19.4.0/24") as cloud:
+        client = cloud.client()
+        before = traces(cloud.state) | {"groups": []}
+        made = [client.servers.create(f"many-{number}", SMALL, DEBIAN) for number in range(20)]
+        for one in made:
+            for action in (one.action, *one.next_actions):
+                action.wait_until_finished()
+        servers = client.servers.get_all()
+        assert {server.status for server in servers} == {"running"}
+        assert len({server.public_net.ipv4.ip for server in servers}) == 20
+        assert traces(cloud.state) != before
+        for action in [server.delete() for server in servers]:
             action.wait_until_finished()
-    servers = client.servers.get_all(name=None)
-    assert {server.status for server in servers} == {"running"}
-    assert len({server.public_net.ipv4.ip for server in servers}) == 20
-    for action in [server.delete() for server in servers]:
-        action.wait_until_finished()
-    assert client.servers.get_all() == []
+        assert client.servers.get_all() == []
+        assert traces(cloud.state) | {"groups": []} == before  # the group of them all stays as long as the cloud runs
+    assert traces(cloud.state) == {}
 
 
 @pytest.mark.parametrize(
@@ -140,4 +147,35 @@ def test_actions_that_fail_or_last(cloud: LocalCloud) -> None:
     lasting.wait_until_finished()
     assert time.monotonic() - begun_s >= 1.5
     plan(cloud)
+    made.server.delete().wait_until_finished()
+
+
+def test_slow_answers_and_stuck_actions(cloud: LocalCloud) -> None:
+    """A slow answer comes late; a stuck action is running until another plan is there, and is done then."""
+    client = cloud.client()
+    plan(cloud, {"path": "/v1/locations", "method": "GET", "kind": "slow_answer", "seconds": 1.5, "call": 1})
+    begun_s = time.monotonic()
+    assert client.locations.get_all()
+    assert time.monotonic() - begun_s >= 1.5
+    plan(cloud, {"path": "/v1/servers", "method": "POST", "kind": "action_stuck", "call": 1})
+    made = client.servers.create("stuck", SMALL, DEBIAN, start_after_create=False)
+    with pytest.raises(ActionTimeoutException):
+        made.action.wait_until_finished(max_retries=20)
+    plan(cloud)
+    made.action.wait_until_finished()
+    made.server.delete().wait_until_finished()
+
+
+def test_a_server_loses_its_power_at_a_named_moment(cloud: LocalCloud) -> None:
+    """When the call of the plan comes, the machine is off, as if somebody had pulled the plug."""
+    client = cloud.client()
+    made = client.servers.create("unlucky", SMALL, DEBIAN)
+    for action in (made.action, *made.next_actions):
+        action.wait_until_finished()
+    plan(cloud, {"path": "/v1/locations", "method": "GET", "kind": "power_lost", "server": "unlucky", "call": 1})
+    client.locations.get_all()
+    wait_until_off(client, made.server.id)
+    plan(cloud)
+    made.server.power_on().wait_until_finished()
+    assert client.servers.get_by_id(made.server.id).status == "running"
     made.server.delete().wait_until_finished()
