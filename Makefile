@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
+# What needs root is typed with sudo; the environment stays with whom the checkout belongs to.
+SET_UP = $(if $(SUDO_USER),sudo -u $(SUDO_USER)) $(PYTHON) scripts/setup_venv.py
 TESTS ?= tests/unit tests/service tests/local_cloud
 TEST_REQUIREMENTS := service/requirements.txt service/starter/requirements.txt scripts/requirements.txt \
   tests/requirements.txt
@@ -31,41 +33,38 @@ help:
 	@echo "make lint    check style;  make lock  pin requirements again;  make clean  remove .venv and caches"
 
 serve:
-	@$(PYTHON) scripts/setup_venv.py service/requirements.txt
+	@$(SET_UP) service/requirements.txt
 	@exec $(VENV_PYTHON) -m service serve
 
-# Root needs the environment for a moment; it stays its owner's.
-AS_OWNER = $(if $(SUDO_USER),sudo -u $(SUDO_USER))
-
 cloud:
-	@$(AS_OWNER) $(PYTHON) scripts/setup_venv.py scripts/requirements.txt
+	@$(SET_UP) scripts/requirements.txt
 	@exec $(VENV_PYTHON) -m scripts.local_cloud run $(CLOUD)
 
 cloud-clean:
-	@$(AS_OWNER) $(PYTHON) scripts/setup_venv.py scripts/requirements.txt
+	@$(SET_UP) scripts/requirements.txt
 	@exec $(VENV_PYTHON) -m scripts.local_cloud clean $(CLOUD)
 
 test:
-	@$(PYTHON) scripts/setup_venv.py $(TEST_REQUIREMENTS)
+	@$(SET_UP) $(TEST_REQUIREMENTS)
 	@$(VENV_PYTHON) -m ruff check --quiet . && $(VENV_PYTHON) -m pytest $(TESTS)
 
 unit: TESTS := tests/unit
 unit: test
 
 bench:
-	@$(PYTHON) scripts/setup_venv.py $(TEST_REQUIREMENTS)
+	@$(SET_UP) $(TEST_REQUIREMENTS)
 	@$(VENV_PYTHON) -m tests.bench
 
 bench-cloud:
-	@$(PYTHON) scripts/setup_venv.py $(TEST_REQUIREMENTS)
+	@$(SET_UP) $(TEST_REQUIREMENTS)
 	@$(VENV_PYTHON) -m tests.bench.cloud
 
 train:
-	@$(PYTHON) scripts/setup_venv.py $(TEST_REQUIREMENTS)
+	@$(SET_UP) $(TEST_REQUIREMENTS)
 	@$(VENV_PYTHON) -m service.starter.train
 
 lint:
-	@$(PYTHON) scripts/setup_venv.py $(TEST_REQUIREMENTS)
+	@$(SET_UP) $(TEST_REQUIREMENTS)
 	@$(VENV_PYTHON) -m ruff check .
 
 # Needs uv; pins every requirement and all it needs, by hash, for every supported Python.

@@ -93,9 +93,7 @@ def running_cloud(settings: CloudSettings, log: Callable[[str], None]) -> Iterat
 
 def clean(state: Path, cache: Path, addresses: IPv4Network, log: Callable[[str], None]) -> None:
     """Removes a cloud that does not run, with its servers, snapshots and record. Raises HostUnfit, MachineFailed."""
-    for name in _STATE_FILES:
-        (state / name).unlink(missing_ok=True)
-    LocalMachines(state, cache, str(addresses), log=log).clean()
+    LocalMachines(state, cache, str(addresses), log=log).clean(also=_STATE_FILES)
 
 
 def _ipv6_range(state: Path) -> IPv6Network:

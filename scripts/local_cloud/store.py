@@ -84,6 +84,13 @@ class Store:
             rows = self._connection.execute(query, (kind,)).fetchall()
         return [json.loads(row[0]) for row in rows]
 
+    def read_latest(self, kind: str, count: int) -> list[Document]:
+        """The documents of a kind with the highest ids, by id."""
+        with self._lock:
+            query = "SELECT document FROM documents WHERE kind = ? ORDER BY id DESC LIMIT ?"
+            rows = self._connection.execute(query, (kind, count)).fetchall()
+        return [json.loads(row[0]) for row in reversed(rows)]
+
     def put(self, kind: str, document: Document) -> None:
         """Writes a document under its own ``id``."""
         with self.transaction():

@@ -6,6 +6,9 @@ from scripts.local_cloud.api.images import read_images
 from scripts.local_cloud.api.primary_ips import find_of_server
 from scripts.local_cloud.api.project import Project
 
+# What changes between two looks is among the newest; a cloud that has run for weeks has thousands.
+_ACTIONS_SHOWN = 200
+
 
 def describe(project: Project) -> dict[tuple[str, int], str]:
     """Each thing that there is, by kind and id, with one line that says how it is."""
@@ -17,7 +20,7 @@ def describe(project: Project) -> dict[tuple[str, int], str]:
         if image["type"] == "snapshot":
             size = "" if image["image_size"] is None else f", {image['image_size']:.2f} GB"
             lines["image", image["id"]] = f"{image['description']}: {image['status']}{size}"
-    for action in project.store.read_all("action"):
+    for action in project.store.read_latest("action", _ACTIONS_SHOWN):
         error = f": {action['error']['message']}" if action.get("error") else ""
         about = ", ".join(f"{each['type']} {each['id']}" for each in action["resources"])
         lines["action", action["id"]] = f"{action['command']} of {about}: {action['status']}{error}"

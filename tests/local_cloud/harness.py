@@ -14,6 +14,8 @@ from pathlib import Path
 
 from hcloud import Client
 
+from scripts.local_cloud.machines.network import tag_of
+
 ROOT = Path(__file__).resolve().parents[2]
 TOKEN = "local"  # the default that everybody knows
 _START_TIMEOUT_S = 240.0  # the base image may have to be made
@@ -129,3 +131,31 @@ def make_key(folder: Path) -> Path:
     path = folder / "id_ed25519"
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", path], check=True)
     return path
+
+
+def traces(state: Path) -> dict[str, list[str]]:
+    """What of this host belongs to a state directory, by kind; kinds without any are left out."""
+    tag = tag_of(state)
+
+    def lines(*command: str) -> list[str]:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+
+    processes = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_text().replace("\0", " ")
+        except OSError:
+            continue  # it ended meanwhile
+        if f"mlc-{tag}" in words:
+            processes.append(words)
+    found = {
+        "mounts": [line for line in Path("/proc/mounts").read_text().splitlines() if str(state) in line or tag in line],
+        "loops": [line for line in lines("losetup", "--all") if str(state) in line],
+        "links": [line for line in lines("ip", "-o", "link") if tag in line],
+        "namespaces": [line for line in lines("ip", "netns") if tag in line],
+        "rules": [line for line in lines("nft", "list", "tables") if tag in line],
+        "groups": [str(path) for path in Path("/sys/fs/cgroup").glob(f"**/mlc-{tag}")],
+        "runtime": [str(path) for path in Path("/run").glob(f"systemd/nspawn/*/mlc-{tag}*")],
+        "processes": processes,
+    }
+    return {kind: items for kind, items in found.items() if items}

@@ -1,5 +1,7 @@
 """What a local cloud is after a stop, after a kill, under faults and under many servers at once."""
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -10,8 +12,7 @@ from hcloud.actions import ActionTimeoutException
 from hcloud.images import Image
 from hcloud.server_types import ServerType
 
-from tests.local_cloud.harness import TOKEN, LocalCloud, make_key, running_cloud, ssh, wait_until_off
-from tests.local_cloud.test_machines import traces
+from tests.local_cloud.harness import ROOT, TOKEN, LocalCloud, make_key, running_cloud, ssh, traces, wait_until_off
 
 SMALL, DEBIAN = ServerType(name="cx23"), Image(name="debian-13")
 
@@ -65,6 +66,21 @@ def test_work_that_a_kill_cuts_short_has_its_documented_end(host: None, tmp_path
         assert action.status == "error"
         again = client.servers.create("cut", SMALL, DEBIAN, start_after_create=False)
         again.action.wait_until_finished()
+
+
+def test_a_clean_beside_a_running_cloud_is_refused_and_takes_nothing(cloud: LocalCloud) -> None:
+    """The record of a cloud that runs is as safe as its disks; a second cloud on it is refused as well."""
+    client = cloud.client()
+    kept = client.placement_groups.create("kept", "spread").placement_group
+    for word in ("clean", "run"):
+        command = [sys.executable, "-m", "scripts.local_cloud", word, "--state", str(cloud.state)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+        assert (done.returncode, "end that one first" in done.stderr) == (1, True)
+    assert (cloud.state / "cloud.sqlite3").exists()
+    cloud.stop()
+    cloud.restart()
+    assert client.placement_groups.get_by_id(kept.id).name == "kept"
+    kept.delete()
 
 
 def test_twenty_servers_at_once(host: None, tmp_path: Path) -> None:

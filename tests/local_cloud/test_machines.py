@@ -18,7 +18,7 @@ import pytest
 
 from scripts.local_cloud.machine_interface import FirewallRule, MachineFailed, MachineSpec
 from scripts.local_cloud.machines.machines import LocalMachines
-from scripts.local_cloud.machines.network import tag_of
+from tests.local_cloud.harness import traces
 
 ROOT = Path(__file__).resolve().parents[2]
 NETWORK = "198.19.77"
@@ -82,34 +82,6 @@ class Cloud:
         while (done := self.ssh(server_id, "true")).returncode != 0:
             assert time.monotonic() < give_up_s, done.stderr + self.machines.console(server_id).read_text()[-2000:]
             time.sleep(0.1)
-
-
-def traces(state: Path) -> dict[str, list[str]]:
-    """What of this host belongs to a state directory, by kind; kinds without any are left out."""
-    tag = tag_of(state)
-
-    def lines(*command: str) -> list[str]:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-
-    processes = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = path.read_text().replace("\0", " ")
-        except OSError:
-            continue  # it ended meanwhile
-        if f"mlc-{tag}" in words:
-            processes.append(words)
-    found = {
-        "mounts": [line for line in Path("/proc/mounts").read_text().splitlines() if str(state) in line or tag in line],
-        "loops": [line for line in lines("losetup", "--all") if str(state) in line],
-        "links": [line for line in lines("ip", "-o", "link") if tag in line],
-        "namespaces": [line for line in lines("ip", "netns") if tag in line],
-        "rules": [line for line in lines("nft", "list", "tables") if tag in line],
-        "groups": [str(path) for path in Path("/sys/fs/cgroup").glob(f"**/mlc-{tag}")],
-        "runtime": [str(path) for path in Path("/run").glob(f"systemd/nspawn/*/mlc-{tag}*")],
-        "processes": processes,
-    }
-    return {kind: items for kind, items in found.items() if items}
 
 
 def host_settings() -> list[str]:

@@ -63,7 +63,7 @@ def render_page(project: Project) -> str:
     ]
     actions = [
         (each["id"], each["command"], each["status"], _describe_resources(each), (each["error"] or {}).get("message"))
-        for each in reversed(project.actions.read_all()[-_ACTIONS_SHOWN:])
+        for each in reversed(project.store.read_latest("action", _ACTIONS_SHOWN))
     ]
     return "".join(
         (

@@ -4,7 +4,7 @@ import fcntl
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO
 
@@ -108,8 +108,12 @@ class LocalMachines:
             self._log(f"server {server_id} did not power off in {_ORDERLY_STOP_S:g} s; its plug is pulled")
         self._take_down()
 
-    def clean(self) -> None:
-        """Removes everything that belongs to the state directory, whoever made it, disks and images too."""
+    def clean(self, also: Iterable[str] = ()) -> None:
+        """Removes everything that belongs to the state directory, whoever made it, disks and images too.
+
+        ``also`` are names of further files in it. Nothing is touched while another local cloud runs with it: then it
+        raises MachineFailed.
+        """
         check_host()
         if not self._state.exists():
             self._remove_leftovers()
@@ -120,6 +124,8 @@ class LocalMachines:
             self._remove_leftovers()
             self.pool.erase()
             shutil.rmtree(self._state / "consoles", ignore_errors=True)
+            for name in also:
+                (self._state / name).unlink(missing_ok=True)
         finally:
             self._let_go()
         (self._state / "machines.lock").unlink(missing_ok=True)
@@ -264,7 +270,7 @@ class LocalMachines:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             file.close()
-            raise MachineFailed(f"another local cloud runs with {self._state}") from error
+            raise MachineFailed(f"another local cloud runs with {self._state}; end that one first") from error
         self._lock_file = file
 
     def _let_go(self) -> None:

@@ -19,6 +19,17 @@ def test_documents_are_found_again_by_another_process(tmp_path: Path) -> None:
     second.close()
 
 
+def test_the_latest_are_told_by_id(tmp_path: Path) -> None:
+    """The newest of a kind, oldest of them first; others do not count."""
+    store = Store(tmp_path / "state")
+    for number in (3, 1, 2):
+        store.put("action", {"id": number})
+    store.put("image", {"id": 9})
+    assert [each["id"] for each in store.read_latest("action", 2)] == [2, 3]
+    assert [each["id"] for each in store.read_latest("action", 5)] == [1, 2, 3]
+    store.close()
+
+
 def test_ids_rise_and_never_come_again(tmp_path: Path) -> None:
     """Neither deleting nor a restart brings an id back."""
     store = Store(tmp_path / "state")
