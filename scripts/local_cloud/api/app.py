@@ -39,6 +39,7 @@ from scripts.local_cloud.machine_interface import MachineFailed
 
 PREFIX = "/v1"
 
+_LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
 _TOKEN_LENGTH = 64  # of a real token; Terraform's provider refuses any other
 _ALLOWANCE = "local_cloud.allowance"
 _log = logging.getLogger(__name__)
@@ -50,15 +51,21 @@ def pad_token(token: str) -> str:
 
 
 class _Gate:
-    """Falcon middleware: a fault of the plan first, then the token, then the allowance of requests."""
+    """Falcon middleware, closed to all but the page: local name, fault of the plan, token, allowance."""
 
     def __init__(self, token: str, limiter: RateLimiter):
         self._tokens, self._limiter = (token.encode(), pad_token(token).encode()), limiter
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
-        own = req.path.startswith(f"{control.PREFIX}/")
-        if not own and not req.path.startswith(f"{PREFIX}/"):
+        # A web page whose own name was made to point here could read and write as if it were from here.
+        if req.host not in _LOCAL_NAMES:
+            raise NotFound("the local cloud answers under a local name only")
+        # The router takes //v1 for /v1; whoever compares paths does not.
+        if "//" in req.path:
+            raise NotFound("there is no such path or resource")
+        if req.path == "/":
             return
+        own = req.path.startswith(f"{control.PREFIX}/")
         fault: Fault | None = req.env.get(ERROR)
         if fault is not None:
             raise Injected(fault.status, fault.code, fault.message)

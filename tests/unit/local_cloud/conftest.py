@@ -32,6 +32,13 @@ def wait_until(met: Callable[[], Any]) -> Any:
     raise AssertionError("it did not come to be in time")
 
 
+class LocalClient(falcon.testing.TestClient):
+    """Asks under the name that the cloud is reached by, unless told otherwise."""
+
+    def simulate_request(self, *arguments: Any, **options: Any) -> falcon.testing.Result:
+        return super().simulate_request(*arguments, **{"host": "127.0.0.1:8899", **options})
+
+
 @dataclass
 class Cloud:
     """A running cloud; a stop and a start keep its folder and its machines."""
@@ -121,7 +128,7 @@ def start(folder: Path, machines: StubMachines, limits: Limits, old_clients: boo
     project = open_project(Store(folder / "state.sqlite"), machines, limits=limits, old_clients=old_clients)
     faults = Faults(calls_path=folder / "calls.jsonl")
     project.life.reconcile()
-    client = falcon.testing.TestClient(create_app(project, faults, TOKEN))
+    client = LocalClient(create_app(project, faults, TOKEN))
     return Cloud(folder, machines, limits, old_clients, project, faults, client)
 
 

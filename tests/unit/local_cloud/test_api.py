@@ -190,3 +190,25 @@ def test_the_page_shows_the_state_and_runs_nothing(cloud: Cloud) -> None:
     assert "<script" not in result.text
     assert "default-src 'none'" in result.headers["Content-Security-Policy"]
     assert cloud.client.simulate_get("/", host="evil.example").status_code == 404
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/servers", "//v1/servers", "///v1/servers", "/v1//servers", "//_local/faults", "/_local/calls", "/v1x", "/x"],
+)
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT"])
+def test_nothing_but_the_page_is_open(cloud: Cloud, method: str, path: str) -> None:
+    """Without the token no spelling of a path does anything: any web page can send such requests."""
+    body = {"name": "evil", "server_type": "cx23", "image": "debian-13", "faults": []}
+    result = cloud.client.simulate_request(method, path, host="127.0.0.1:8899", json=body)
+    assert result.status_code in (401, 404)
+    assert result.json["error"]["code"] in ("unauthorized", "not_found")
+    assert cloud.get("/servers")["servers"] == []
+
+
+@pytest.mark.parametrize("path", ["/", "/v1/servers", "/_local/calls"])
+def test_foreign_names_see_nothing(cloud: Cloud, path: str) -> None:
+    """Also with the token, which everybody knows: a page's name may have been made to point here."""
+    headers = {"Authorization": "Bearer local"}
+    assert cloud.client.simulate_get(path, host="evil.example:8899", headers=headers).status_code == 404
+    assert cloud.client.simulate_get(path, host="localhost:8899", headers=headers).status_code == 200
