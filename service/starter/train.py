@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import os
 import random
 import sys
 import time
@@ -140,7 +141,11 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=Path(__file__).with_name("starter.gguf"),
         help="file to write (default: %(default)s)",
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    # Told before the training, not when its result has nowhere to go.
+    if not os.access(options.out.parent, os.W_OK) or options.out.is_dir():
+        parser.error(f"--out: {options.out} cannot be written: its folder is missing or not yours")
+    return options
 
 
 # --- text to tokens

@@ -145,3 +145,18 @@ def test_interrupted_training_writes_nothing(tmp_path: Path) -> None:
     assert process.returncode == 130
     assert b"interrupted" in errors
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_not_there_is_told_before_the_training(tmp_path: Path) -> None:
+    """Not an hour later, when the result would have nowhere to go."""
+    out = tmp_path / "missing" / "starter.gguf"
+    done = subprocess.run(
+        [sys.executable, "-m", "service.starter.train", "--out", str(out)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=TRAINING_TIMEOUT_S,
+    )
+    assert done.returncode == 2
+    assert f"--out: {out} cannot be written" in done.stderr
+    assert done.stdout == ""
