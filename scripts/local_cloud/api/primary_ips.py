@@ -128,7 +128,7 @@ class PrimaryIps:
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         fields = read_fields(req)
         name, kind = fields.name(required=True), fields.one_of("type", _TYPES, required=True)
-        fields.one_of("assignee_type", ("server", "unassigned"))
+        fields.one_of("assignee_type", ("server", "unassigned"), required=fields.has("assignee_id"))
         assignee_id, location = fields.number("assignee_id"), self._read_location(fields)
         auto_delete, labels = fields.flag("auto_delete", False), fields.labels()
         fields.check()

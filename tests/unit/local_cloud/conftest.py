@@ -13,6 +13,7 @@ from scripts.local_cloud.api.app import create_app
 from scripts.local_cloud.api.faults import Faults
 from scripts.local_cloud.api.project import Limits, Project, close_project, open_project
 from scripts.local_cloud.store import Store
+from tests.hetzner_api import find_operation, problems
 from tests.unit.local_cloud.stub_machines import StubMachines
 
 TOKEN = "local"
@@ -33,10 +34,15 @@ def wait_until(met: Callable[[], Any]) -> Any:
 
 
 class LocalClient(falcon.testing.TestClient):
-    """Asks under the name that the cloud is reached by, unless told otherwise."""
+    """Asks under the name that the cloud is reached by, unless told otherwise; whatever works has Hetzner's shape."""
 
-    def simulate_request(self, *arguments: Any, **options: Any) -> falcon.testing.Result:
-        return super().simulate_request(*arguments, **{"host": "127.0.0.1:8899", **options})
+    def simulate_request(self, method: str, path: str, **options: Any) -> falcon.testing.Result:
+        result = super().simulate_request(method, path, **{"host": "127.0.0.1:8899", **options})
+        operation = find_operation(method, path.removeprefix("/v1")) if path.startswith("/v1/") else None
+        if operation:
+            told = result.json if result.content else None
+            assert problems(operation, result.status_code, options.get("json"), told) == []
+        return result
 
 
 @dataclass

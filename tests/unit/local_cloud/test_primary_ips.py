@@ -71,10 +71,11 @@ def test_moving_one_needs_the_server_off(cloud: Cloud) -> None:
 def test_one_can_be_made_for_a_server_that_is_off(cloud: Cloud) -> None:
     """The answer has the action that assigns it."""
     server_id = cloud.make_server(start_after_create=False, public_net={"enable_ipv4": False})
-    answer = cloud.post("/primary_ips", {"name": "n", "type": "ipv4", "assignee_id": server_id})
+    wanted = {"name": "n", "type": "ipv4", "assignee_id": server_id, "assignee_type": "server"}
+    answer = cloud.post("/primary_ips", wanted)
     assert cloud.wait(answer["action"])[0]["command"] == "assign_primary_ip"
     assert cloud.get("/primary_ips", name="n")["primary_ips"][0]["assignee_id"] == server_id
-    body = {"name": "o", "type": "ipv4", "assignee_id": server_id}
+    body = {"name": "o", "type": "ipv4", "assignee_id": server_id, "assignee_type": "server"}
     assert cloud.refuse("POST", "/primary_ips", body) == (422, "server_has_ipv4")
     assert cloud.get("/primary_ips", name="o")["primary_ips"] == []
 
