@@ -3,7 +3,9 @@
 import argparse
 import json
 import logging
+import os
 import signal
+import sqlite3
 import sys
 import threading
 from ipaddress import IPv4Network
@@ -29,7 +31,7 @@ def main(arguments: list[str]) -> int:
     try:
         if options.command == "clean":
             clean(options.state, options.cache, options.addresses, _say)
-            print(f"nothing is left of the local cloud in {options.state}")
+            _show(f"nothing is left of the local cloud in {options.state}")
             return 0
         return _run(options)
     except (HostUnfit, MachineFailed, StoreUnusable) as error:
@@ -54,6 +56,7 @@ def _run(options: argparse.Namespace) -> int:
         requests_per_hour=options.requests_per_hour,
         plan=options.faults,
         old_clients=options.old_clients,
+        forgets_moved_flows=options.forget_moved_flows,
     )
     stopping = threading.Event()
 
@@ -66,17 +69,20 @@ def _run(options: argparse.Namespace) -> int:
         signal.signal(number, stop)
     with running_cloud(settings, _say) as cloud:
         page = cloud.endpoint.removesuffix("v1")
-        print(f"# the local cloud runs; look at it on {page}, end it with Ctrl-C", flush=True)
-        print(f"# consoles: {options.state}/consoles, calls: {options.state}/calls.jsonl", flush=True)
+        _say(f"the local cloud runs; look at it on {page}, end it with Ctrl-C")
+        _say(f"consoles: {options.state}/consoles, calls: {options.state}/calls.jsonl")
         if pad_token(settings.token) != settings.token:
-            print(f"# Terraform's provider wants 64 characters; this token does as well: {pad_token(settings.token)}")
-        print(f"export HCLOUD_ENDPOINT={cloud.endpoint}", flush=True)
-        print(f"export HCLOUD_TOKEN={settings.token}", flush=True)
+            _say(f"Terraform's provider wants 64 characters; this token does as well: {pad_token(settings.token)}")
+        _show(f"export HCLOUD_ENDPOINT={cloud.endpoint}")
+        _show(f"export HCLOUD_TOKEN={settings.token}")
         seen = describe(cloud.project)
         while not stopping.wait(_LOOK_EVERY_S):
-            now = describe(cloud.project)
+            try:
+                now = describe(cloud.project)
+            except sqlite3.Error:  # a full disk can keep even a reader out, for a while
+                continue
             for line in changes(seen, now):
-                print(line, flush=True)
+                _show(line)
             seen = now
     _say("stopped")
     return 0
@@ -89,8 +95,23 @@ def _parse_port(text: str) -> int:
     return port
 
 
+def _parse_allowance(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
+def _show(line: str) -> None:
+    """Prints a line for people. What is said may fail (a terminal that is gone, a full disk); what is done goes on."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")  # the old one's buffer would fail again and again
+
+
 def _say(line: str) -> None:
-    print(f"# {line}", flush=True)
+    _show(f"# {line}")
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -112,10 +133,15 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         if name == "run":
             command.add_argument("--port", type=_parse_port, default=8899, help="port on 127.0.0.1")
             command.add_argument("--token", default="local", help="the token that clients send")
-            command.add_argument("--requests-per-hour", type=int, default=3600, help="before 429")
+            command.add_argument("--requests-per-hour", type=_parse_allowance, default=3600, help="before 429")
             command.add_argument("--faults", type=Path, help="a plan of faults, as JSON")
             command.add_argument(
                 "--old-clients", action="store_true", help="answer fields that the API removed in 2026 (Packer's 1.0.5)"
+            )
+            command.add_argument(
+                "--forget-moved-flows",
+                action="store_true",
+                help="firewalls drop what is of a TCP flow that began at another server, as behind a moved address",
             )
     return parser.parse_args(arguments)
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
@@ -16,7 +16,9 @@ from scripts.local_cloud.api.project import Limits, Project, close_project, open
 from scripts.local_cloud.machines.machines import LocalMachines
 from scripts.local_cloud.store import Store
 
-_LAST_WORK_S = 10.0  # for actions that are under way at the end
+# For actions that are under way at the end: while their machines run, and after.
+_FIRST_WAIT_S = 5.0
+_LAST_WORK_S = 10.0
 _STATE_FILES = ("cloud.sqlite3", "cloud.sqlite3-wal", "cloud.sqlite3-shm", "calls.jsonl")
 
 
@@ -24,7 +26,8 @@ _STATE_FILES = ("cloud.sqlite3", "cloud.sqlite3-wal", "cloud.sqlite3-shm", "call
 class CloudSettings:
     """What a cloud is told: where its state and the base image's cache lie, where it listens, what it begins with.
 
-    ``addresses`` are the servers' public ones; ``plan`` is a file of faults; ``old_clients`` answers removed fields.
+    ``addresses`` are the servers' public ones; ``plan`` is a file of faults; ``old_clients`` answers removed fields;
+    ``forgets_moved_flows`` is how firewalls take moved flows.
     """
 
     state: Path
@@ -35,6 +38,7 @@ class CloudSettings:
     requests_per_hour: int
     plan: Path | None
     old_clients: bool
+    forgets_moved_flows: bool
 
 
 @dataclass(frozen=True)
@@ -59,36 +63,34 @@ def running_cloud(settings: CloudSettings, log: Callable[[str], None]) -> Iterat
         for project in projects:
             project.life.notice_off(server_id)
 
-    machines = LocalMachines(settings.state, settings.cache, str(settings.addresses), on_off, log)
-    machines.prepare()
-    try:
+    machines = LocalMachines(
+        settings.state, settings.cache, str(settings.addresses), on_off, log, settings.forgets_moved_flows
+    )
+    with ExitStack() as ends:
+        machines.prepare()
+        ends.callback(machines.close)
         store = Store(settings.state / _STATE_FILES[0])
-        try:
-            faults = Faults(plan, settings.state / "calls.jsonl")
-            project = open_project(
-                store,
-                machines,
-                ranges=AddressRanges(settings.addresses, _ipv6_range(settings.state)),
-                limits=Limits(requests_per_hour=settings.requests_per_hour),
-                old_clients=settings.old_clients,
-            )
-            try:
-                server = HttpServer(create_app(project, faults, settings.token), port=settings.port)
-                try:
-                    project.life.reconcile()
-                    project.life.watch()
-                    projects.append(project)
-                    server.start()
-                    yield Cloud(server.endpoint, project, machines)
-                finally:
-                    server.stop()
-            finally:
-                faults.close()
-                close_project(project, _LAST_WORK_S)
-        finally:
-            store.close()
-    finally:
-        machines.close()
+        ends.callback(store.close)
+        faults = Faults(plan, settings.state / "calls.jsonl")
+        project = open_project(
+            store,
+            machines,
+            ranges=AddressRanges(settings.addresses, _ipv6_range(settings.state)),
+            limits=Limits(requests_per_hour=settings.requests_per_hour),
+            old_clients=settings.old_clients,
+        )
+        # Work under way waits for machines (a guest that reboots may take a minute); without them it ends at once.
+        ends.callback(close_project, project, _LAST_WORK_S)
+        ends.callback(machines.close)
+        ends.callback(close_project, project, _FIRST_WAIT_S)
+        ends.callback(faults.close)
+        server = HttpServer(create_app(project, faults, settings.token), port=settings.port)
+        ends.callback(server.stop)
+        project.life.reconcile()
+        project.life.watch()
+        projects.append(project)
+        server.start()
+        yield Cloud(server.endpoint, project, machines)
 
 
 def clean(state: Path, cache: Path, addresses: IPv4Network, log: Callable[[str], None]) -> None:

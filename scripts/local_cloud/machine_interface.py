@@ -112,6 +112,14 @@ class Machines(Protocol):
         """
         ...
 
+    def cut_off(self, server_id: int, cut: bool) -> None:
+        """Keeps what a server begins from reaching anything outside the cloud, be it on or off, or lets it; at once.
+
+        Other servers, the metadata and whoever reaches the server from the host are not concerned. Holds until the disk
+        is deleted or the local cloud ends.
+        """
+        ...
+
     def snapshot(self, server_id: int, image_id: int) -> float:
         """Copies a disk into an image; returns what the image holds, in GB. Works on a running machine too."""
         ...

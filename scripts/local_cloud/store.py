@@ -45,22 +45,31 @@ class Store:
             raise StoreUnusable(f"{path}: {error}") from error
 
     @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Holds the lock alone: nobody else reads or writes meanwhile, and each write inside stands for itself."""
+        with self._lock:
+            yield
+
+    @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Holds the lock; all writes inside are kept together, or none of them if an exception leaves the block."""
+        """Holds the lock; all writes inside are kept together, or none of them if an exception leaves the block.
+
+        Raises sqlite3.Error if they cannot be written, as on a full disk.
+        """
         with self._lock:
             if self._depth == 0:
                 self._connection.execute("BEGIN IMMEDIATE")
             self._depth += 1
             try:
                 yield
+                if self._depth == 1:
+                    self._connection.execute("COMMIT")
             except BaseException:
-                self._depth -= 1
-                if self._depth == 0:
+                if self._depth == 1 and self._connection.in_transaction:  # SQLite itself ends some that fail
                     self._connection.execute("ROLLBACK")
                 raise
-            self._depth -= 1
-            if self._depth == 0:
-                self._connection.execute("COMMIT")
+            finally:
+                self._depth -= 1
 
     def next_id(self) -> int:
         """A new id, never handed out before."""

@@ -31,4 +31,9 @@ def changes(before: dict[tuple[str, int], str], now: dict[tuple[str, int], str])
     """The lines that tell what has changed between two looks."""
     told: list[Any] = [(key, line) for key, line in now.items() if before.get(key) != line]
     told += [(key, "gone") for key in before if key not in now and key[0] != "action"]
-    return [f"{kind} {number}  {line}" for (kind, number), line in told]
+    return [_printable(f"{kind} {number}  {line}") for (kind, number), line in told]
+
+
+def _printable(line: str) -> str:
+    """Without what would steer the terminal: descriptions are anybody's text."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in line)

@@ -68,6 +68,23 @@ def test_work_that_a_kill_cuts_short_has_its_documented_end(host: None, tmp_path
         again.action.wait_until_finished()
 
 
+def test_a_stop_during_a_reboot_is_soon_and_the_server_comes_back(host: None, tmp_path: Path, key: Path) -> None:
+    """A guest that takes its time to go down keeps nobody waiting, and what was on is on again."""
+    with running_cloud(tmp_path, addresses="198.19.6.0/24") as cloud:
+        client = cloud.client()
+        known = client.ssh_keys.create("known", key.with_suffix(".pub").read_text())
+        made = client.servers.create("slow", SMALL, DEBIAN, ssh_keys=[known])
+        address = made.server.public_net.ipv4.ip
+        stubborn = "systemd-run --quiet --property=TimeoutStopSec=60 sh -c 'trap : TERM; while :; do sleep 1; done'"
+        ssh(key, address, stubborn)
+        made.server.reboot()
+        begun_s = time.monotonic()
+        cloud.stop()
+        assert time.monotonic() - begun_s < 30
+        cloud.restart()
+        assert ssh(key, address, "hostname").strip() == "slow"
+
+
 def test_a_clean_beside_a_running_cloud_is_refused_and_takes_nothing(cloud: LocalCloud) -> None:
     """The record of a cloud that runs is as safe as its disks; a second cloud on it is refused as well."""
     client = cloud.client()

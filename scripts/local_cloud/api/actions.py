@@ -1,6 +1,7 @@
 """Owns actions: their documents, the threads that do their work, and the locks that they hold meanwhile."""
 
 import logging
+import sqlite3
 import threading
 import time
 from collections import Counter
@@ -19,6 +20,7 @@ Resource = tuple[str, int]  # its type and its id, such as ("server", 42)
 
 _log = logging.getLogger(__name__)
 _STUCK_POLL_S = 0.1
+_WRITE_AGAIN_S = 1.0
 _INTERRUPTED = "the local cloud was stopped while this action ran"
 
 
@@ -65,7 +67,7 @@ class Actions:
         self._slots = threading.BoundedSemaphore(workers)
         self._closing = threading.Event()
         self._threads: set[threading.Thread] = set()
-        # Both are guarded by the store's transaction, so that checks and changes of state go together with locks.
+        # Both are guarded by the store's lock, so that checks and changes of state go together with locks.
         self._held: set[Resource] = set()
         self._used: Counter[Resource] = Counter()
 
@@ -181,7 +183,11 @@ class Actions:
         except _Injected as error:
             return {"code": error.code, "message": str(error)}
         except (MachineFailed, ActionFailed) as error:
+            if self._closing.is_set():  # machines refuse what comes after their end
+                raise _Closing from error
             return {"code": "action_failed", "message": str(error)}
+        except sqlite3.Error as error:
+            return {"code": "action_failed", "message": f"the state cannot be written: {error}"}
         except _Closing:
             raise
         except Exception:
@@ -192,7 +198,7 @@ class Actions:
     def _end(self, begun: _Begun, failure: Document) -> None:
         try:
             begun.step.undo()
-        except MachineFailed as error:
+        except (MachineFailed, sqlite3.Error) as error:
             _log.warning("after action %d (%s) failed: %s", begun.action_id, begun.step.command, error)
         except Exception:
             _log.exception("after action %d (%s) failed", begun.action_id, begun.step.command)
@@ -204,15 +210,30 @@ class Actions:
                 error = error or self._do(begun)
                 if error:
                     self._end(begun, error)
-                with self._store.transaction():
-                    if begun is steps[-1]:  # whoever sees the last one ended can begin the next at once
-                        self._release(hold, use)
-                    self._finish(begun.action_id, error)
+                self._write_end(begun, error, *((hold, use) if begun is steps[-1] else ((), ())))
         except _Closing:
             pass
         finally:
-            with self._store.transaction():
+            with self._store.hold():
                 self._threads.discard(threading.current_thread())
+
+    def _write_end(
+        self, begun: _Begun, error: Document | None, hold: Sequence[Resource], use: Sequence[Resource]
+    ) -> None:
+        """Writes down that an action has ended, as soon as the disk has room for that, and releases its locks."""
+        said = False
+        while True:
+            try:
+                with self._store.hold():  # whoever sees the last one ended can begin the next at once
+                    self._finish(begun.action_id, error)
+                    self._release(hold, use)
+                return
+            except sqlite3.Error as failure:
+                if not said:
+                    _log.error("the end of action %d cannot be written down yet: %s", begun.action_id, failure)
+                said = True
+            if self._closing.wait(_WRITE_AGAIN_S):
+                raise _Closing
 
     def _release(self, hold: Sequence[Resource], use: Sequence[Resource]) -> None:
         self._held.difference_update(hold)

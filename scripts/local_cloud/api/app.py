@@ -2,6 +2,7 @@
 
 import hmac
 import logging
+import sqlite3
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -119,13 +120,18 @@ def _on_any_error(req: falcon.Request, resp: falcon.Response, error: Exception, 
     _write_error(resp, ApiError("the local cloud made a mistake; its log says more"))
 
 
+def _on_unwritten(req: falcon.Request, resp: falcon.Response, error: sqlite3.Error, params: Any) -> None:
+    _log.warning("%s %s: %s", req.method, req.path, error)
+    _write_error(resp, Injected(503, "unavailable", f"the local cloud's state cannot be written: {error}"))
+
+
 def create_app(project: Project, faults: Faults, token: str) -> Callable[..., Iterable[bytes]]:
     """The WSGI application over a project; every call of ``/v1`` is recorded by ``faults`` and may meet one."""
     limiter = RateLimiter(project.limits.requests_per_hour)
     app = falcon.App(middleware=[_Gate(token, limiter)])
     app.req_options.strip_url_path_trailing_slash = False
     app.add_route("/", PageResource(project))
-    control.add_routes(app, faults)
+    control.add_routes(app, faults, project.life)
     fixed.add_routes(app, PREFIX, project)
     absent.add_routes(app, PREFIX)
     action_routes.add_routes(app, PREFIX, project)
@@ -142,4 +148,5 @@ def create_app(project: Project, faults: Faults, token: str) -> Callable[..., It
     app.add_error_handler(falcon.HTTPError, _on_http_error)
     app.add_error_handler(ApiError, _on_api_error)
     app.add_error_handler(MachineFailed, _on_machine_failed)
+    app.add_error_handler(sqlite3.OperationalError, _on_unwritten)
     return Recorder(app, faults, f"{PREFIX}/", project.life.cut_power)

@@ -12,6 +12,7 @@ from scripts.local_cloud.api.errors import InvalidInput, JsonInvalid
 
 _BODY_LIMIT_BYTES = 1 << 20
 _LARGEST_ID = 2**53 - 1
+_LONGEST_SPAN_S = 86_400
 _HOSTNAME_PART = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
 
 
@@ -110,8 +111,8 @@ class Fields:
     def seconds(self, name: str) -> float:
         """A span of time in seconds, 0 if none was sent."""
         value = self._read(name, (int, float), "a number of seconds", False) or 0.0
-        if not 0 <= value < float("inf"):
-            self.blame(name, "must be a number of seconds")
+        if not 0 <= value <= _LONGEST_SPAN_S:
+            self.blame(name, f"must be a number of seconds from 0 to {_LONGEST_SPAN_S}")
             return 0.0
         return float(value)
 

@@ -1,12 +1,13 @@
-"""Owns the paths that are the local cloud's own: the fault plan and the record of calls."""
+"""Owns the paths that are the local cloud's own: the fault plan, who is cut off, and the record of calls."""
 
 import json
 
 import falcon
 
-from scripts.local_cloud.api.bodies import read_object
+from scripts.local_cloud.api.bodies import Fields, read_object
 from scripts.local_cloud.api.errors import InvalidInput
 from scripts.local_cloud.api.faults import Faults
+from scripts.local_cloud.api.life import Life
 
 PREFIX = "/_local"
 
@@ -39,7 +40,26 @@ class _Calls:
         resp.content_type = falcon.MEDIA_JSON
 
 
-def add_routes(app: falcon.App, faults: Faults) -> None:
-    """Adds ``GET``, ``PUT``, ``DELETE /_local/faults`` and ``GET /_local/calls``."""
+class _Network:
+    def __init__(self, life: Life):
+        self._life = life
+
+    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
+        resp.media = {"cut_off": list(self._life.cut_names)}
+
+    def on_put(self, req: falcon.Request, resp: falcon.Response) -> None:
+        fields = Fields(read_object(req))
+        fields.allow_only(["cut_off"])
+        names = fields.items("cut_off")
+        if not fields.has("cut_off") or not all(isinstance(name, str) for name in names):
+            fields.blame("cut_off", "must be a list of servers' names, or * for all")
+        fields.check()
+        self._life.cut_off(names)
+        self.on_get(req, resp)
+
+
+def add_routes(app: falcon.App, faults: Faults, life: Life) -> None:
+    """Adds ``/_local/faults`` (GET, PUT, DELETE), ``/_local/network`` (GET, PUT) and ``/_local/calls`` (GET)."""
+    app.add_route(f"{PREFIX}/network", _Network(life))
     app.add_route(f"{PREFIX}/faults", _Plan(faults))
     app.add_route(f"{PREFIX}/calls", _Calls(faults))

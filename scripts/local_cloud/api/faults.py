@@ -1,6 +1,8 @@
 """Owns the record of every call, and the faults that a plan makes them meet."""
 
 import json
+import logging
+import os
 import secrets
 import socket
 import struct
@@ -23,6 +25,7 @@ CORRELATION_ID = "local_cloud.correlation_id"
 SOCKET = "local_cloud.socket"
 ERROR = "local_cloud.fault"
 
+_log = logging.getLogger(__name__)
 _CALLS_KEPT = 20_000
 _CODES = {
     403: "resource_limit_exceeded",
@@ -163,8 +166,9 @@ class Faults:
         self._plan = _Plan(plan or {"faults": []})
         self._calls: deque[Document] = deque(maxlen=_CALLS_KEPT)
         self._count = 0
-        # Held open for as long as the cloud runs; every line is written at once.
-        self._file = calls_path.open("a", buffering=1, encoding="utf-8") if calls_path else None
+        self._said = False
+        # Without a buffer a full disk costs the lines that it has no room for, and nothing later.
+        self._file = os.open(calls_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644) if calls_path else None
 
     @property
     def plan(self) -> Document:
@@ -196,14 +200,22 @@ class Faults:
             self._count += 1
             call = {"number": self._count, **call}
             self._calls.append(call)
-            if self._file:
-                self._file.write(json.dumps(call) + "\n")
+            if self._file is None:
+                return
+            try:
+                os.write(self._file, (json.dumps(call) + "\n").encode())
+            except OSError as error:  # the answer is worth more than its record
+                if not self._said:
+                    _log.warning("calls cannot be written down: %s", error.strerror)
+                self._said = True
 
     def close(self) -> None:
         """Lets stuck actions go and closes the file."""
         self._plan.released.set()
-        if self._file:
-            self._file.close()
+        with self._lock:
+            if self._file is not None:
+                os.close(self._file)
+            self._file = None
 
 
 def _drop(environ: Document) -> None:

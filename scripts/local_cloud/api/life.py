@@ -1,8 +1,10 @@
 """Owns the life of servers: what each action does to machine and record, and what a start of the cloud sets right."""
 
 import logging
+import sqlite3
 import threading
 from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -36,6 +38,8 @@ class Life:
         self._store, self._machines, self._actions, self._catalogue = store, machines, actions, catalogue
         self._guards: defaultdict[int, threading.Lock] = defaultdict(threading.Lock)
         self._routing = threading.Lock()  # taken after a guard, never before
+        self._cutting = threading.Lock()  # the same
+        self._cut_names: tuple[str, ...] = ()
         self._pressed: set[int] = set()
         self._stopping = threading.Event()
         self._watcher: threading.Thread | None = None
@@ -186,6 +190,22 @@ class Life:
                 attachments.put_back(self._store, attachment)
                 raise
 
+    @property
+    def cut_names(self) -> tuple[str, ...]:
+        """The names of servers that are cut off from the outside; ``*`` stands for all."""
+        return self._cut_names
+
+    def cut_off(self, names: Sequence[str]) -> None:
+        """Cuts the servers of these names off from the outside, those to come too, and connects all others again.
+
+        Raises MachineFailed.
+        """
+        with self._cutting:
+            self._cut_names = tuple(names)
+            for server in self._store.read_all("server"):
+                if server["has_disk"]:
+                    self._machines.cut_off(server["id"], self._is_cut(server))
+
     def settle(self, server_id: int) -> None:
         """Sets the record to what the machine is, after something failed."""
         with self._guard(server_id):
@@ -267,6 +287,8 @@ class Life:
                     self._pressed.discard(server_id)
         except MachineFailed as error:
             _log.warning("whether server %d is on cannot be told: %s", server_id, error)
+        except sqlite3.Error as error:
+            _log.debug("that server %d is off is written down later: %s", server_id, error)
         finally:
             guard.release()
 
@@ -274,13 +296,17 @@ class Life:
         number = 0
         while not self._stopping.wait(_WATCH_INTERVAL_S):
             number += 1
-            for server in self._store.read_all("server"):
+            try:
+                servers = self._store.read_all("server")
+            except sqlite3.Error:  # a full disk can keep even a reader out, for a while
+                continue
+            for server in servers:
                 due = server["id"] in self._pressed or number % _SLOW_ROUNDS == 0
                 if due and server["status"] == "running" and not self._stopping.is_set():
                     self.notice_off(server["id"])
 
     def _guard(self, server_id: int) -> threading.Lock:
-        with self._store.transaction():
+        with self._store.hold():
             return self._guards[server_id]
 
     def _find(self, server_id: int) -> Document:
@@ -302,10 +328,16 @@ class Life:
             self._machines.set_firewall(server_id, rules)
         if links := attachments.find_links(self._store, server_id):
             self._machines.set_private_links(server_id, links)
+        with self._cutting:
+            if self._cut_names:
+                self._machines.cut_off(server_id, self._is_cut(server))
         if not self._machines.is_running(server_id):
             self._machines.start(self._specify(server))
         self._pressed.discard(server_id)
         self._change(server_id, status="running", power="on")
+
+    def _is_cut(self, server: Document) -> bool:
+        return "*" in self._cut_names or server["name"] in self._cut_names
 
     def _filter(self, server_id: int) -> None:
         server = self._store.find("server", server_id)

@@ -18,6 +18,8 @@ _EXIT_REBOOT = 133  # systemd-nspawn --keep-unit: the container asked to be star
 _INIT_TIMEOUT_S = 60.0  # a second on a quiet host
 _KILL_TIMEOUT_S = 10.0
 _POLL_S = 0.01
+_LONGEST_CONSOLE_BYTES = 16 << 20
+_LAST_WORDS_BYTES = 64 << 10
 # What Docker needs beyond the defaults.
 _CAPABILITIES = "CAP_NET_ADMIN,CAP_NET_RAW,CAP_IPC_LOCK"
 _SYSTEM_CALLS = "add_key keyctl request_key bpf @mount"
@@ -213,7 +215,7 @@ class Containers:
             if running.init_pid:
                 return
             if running.process.poll() is not None:
-                raise MachineFailed(f"server {running.launch.server_id}: {_last_line(running.launch.console)}")
+                raise MachineFailed(f"server {running.launch.server_id}: {last_line(running.launch.console)}")
             time.sleep(_POLL_S)
         raise MachineFailed(f"server {running.launch.server_id} has no init after {_INIT_TIMEOUT_S:g} s")
 
@@ -323,6 +325,20 @@ def _is_alive(pid: int) -> bool:
         return False
 
 
-def _last_line(console: Path) -> str:
-    lines = [line.strip() for line in console.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else "it ended without a word"
+def shorten_console(console: Path) -> bool:
+    """Empties a console's file that a server has made too long; tells whether it did. Who writes goes on (it appends).
+
+    Raises OSError.
+    """
+    if not console.exists() or console.stat().st_size <= _LONGEST_CONSOLE_BYTES:
+        return False
+    os.truncate(console, 0)
+    return True
+
+
+def last_line(console: Path) -> str:
+    """The last line with something in it, or words that say that there is none."""
+    with console.open("rb") as file:
+        file.seek(max(0, console.stat().st_size - _LAST_WORDS_BYTES))
+        lines = [line.strip() for line in file.read(_LAST_WORDS_BYTES).decode(errors="replace").splitlines()]
+    return next((line for line in reversed(lines) if line), "it ended without a word")

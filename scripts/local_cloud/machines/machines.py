@@ -11,7 +11,13 @@ from typing import IO
 from scripts.local_cloud.machine_interface import FirewallRule, MachineFailed, MachineSpec, PrivateLink
 from scripts.local_cloud.machines import base_image, seed
 from scripts.local_cloud.machines.cgroups import ControlGroups
-from scripts.local_cloud.machines.container import Containers, Launch, kill_leftovers, machine_name
+from scripts.local_cloud.machines.container import (
+    Containers,
+    Launch,
+    kill_leftovers,
+    machine_name,
+    shorten_console,
+)
 from scripts.local_cloud.machines.host import check_host
 from scripts.local_cloud.machines.host_settings import NAMESPACES
 from scripts.local_cloud.machines.metadata import MetadataService
@@ -31,7 +37,7 @@ class LocalMachines:
 
     ``state`` holds disks, images and consoles; ``cache`` the base image; ``address_range`` is where the servers'
     public IPv4 addresses lie. ``on_off(server_id)`` is called from a thread of its own when a server went off and
-    nobody had called ``power_off``. ``log`` takes lines for people.
+    nobody had called ``power_off``. ``log`` takes lines for people. ``forgets_moved_flows``: see ``firewall.table``.
     """
 
     def __init__(
@@ -41,13 +47,14 @@ class LocalMachines:
         address_range: str = DEFAULT_RANGE,
         on_off: Callable[[int], None] = lambda server_id: None,
         log: Callable[[str], None] = lambda line: None,
+        forgets_moved_flows: bool = False,
     ) -> None:
         self._state = state.resolve()
         self._cache = cache
         self._log = log
         self.tag = tag_of(self._state)
         self.pool = Pool(self._state, log)
-        self.network = Network(self.tag, address_range, log)
+        self.network = Network(self.tag, address_range, log, forgets_moved_flows)
         self._groups = ControlGroups(self.tag, log)
         self._containers = Containers(self._server_ended, on_off, log)
         self._base = ""
@@ -99,14 +106,16 @@ class LocalMachines:
         if self._lock_file is None:
             return
         self._closing.set()
-        give_up_s = time.monotonic() + _ORDERLY_STOP_S
-        while (running := self._containers.all_running()) and time.monotonic() < give_up_s:
+        try:
+            give_up_s = time.monotonic() + _ORDERLY_STOP_S
+            while (running := self._containers.all_running()) and time.monotonic() < give_up_s:
+                for server_id in running:
+                    self._containers.press_power_button(server_id)  # again and again: a young init does not listen yet
+                self._containers.wait_off(running[0], _PRESS_AGAIN_S)
             for server_id in running:
-                self._containers.press_power_button(server_id)  # again and again: a young init does not listen yet
-            self._containers.wait_off(running[0], _PRESS_AGAIN_S)
-        for server_id in running:
-            self._log(f"server {server_id} did not power off in {_ORDERLY_STOP_S:g} s; its plug is pulled")
-        self._take_down()
+                self._log(f"server {server_id} did not power off in {_ORDERLY_STOP_S:g} s; its plug is pulled")
+        finally:
+            self._take_down()
 
     def clean(self, also: Iterable[str] = ()) -> None:
         """Removes everything that belongs to the state directory, whoever made it, disks and images too.
@@ -142,6 +151,7 @@ class LocalMachines:
             raise MachineFailed(f"server {server_id} is running")
         self.pool.delete(f"servers/{server_id}")
         self.network.filter(server_id, None)
+        self.network.cut_off(server_id, False)
         self.network.private.replace(server_id, ())
         self.console(server_id).unlink(missing_ok=True)
 
@@ -195,6 +205,9 @@ class LocalMachines:
     def set_private_links(self, server_id: int, links: tuple[PrivateLink, ...]) -> None:
         self.network.private.replace(server_id, links)
 
+    def cut_off(self, server_id: int, cut: bool) -> None:
+        self.network.cut_off(server_id, cut)
+
     def snapshot(self, server_id: int, image_id: int) -> float:
         self.pool.copy(f"servers/{server_id}", f"images/{image_id}")
         return self.pool.held_gb(f"images/{image_id}")
@@ -217,16 +230,20 @@ class LocalMachines:
         self._groups.remove(server_id)
 
     def _watch_room(self) -> None:
-        said = ""
+        said: type[Exception] | None = None
         while not self._closing.wait(_WATCH_S):
-            if not self._containers.all_running():
-                continue
+            running = self._containers.all_running()
             try:
-                self.pool.make_room()
-            except MachineFailed as error:
-                if str(error) != said:
-                    said = str(error)
-                    self._log(said)
+                for server_id in running:
+                    if shorten_console(self.console(server_id)):
+                        self._log(f"server {server_id} filled its console's file, which begins anew")
+                if running:
+                    self.pool.make_room()
+                said = None
+            except (MachineFailed, OSError) as error:
+                if type(error) is not said:  # the numbers in its words change all the time
+                    said = type(error)
+                    self._log(str(error))
 
     def _take_down(self) -> None:
         """Removes all but disks and images; goes on after a failure and raises the first in the end."""
@@ -251,18 +268,22 @@ class LocalMachines:
         failures: list[MachineFailed] = []
         _collect(failures, lambda: kill_leftovers(self.tag, servers))
         _collect(failures, self.network.close)
-        self._groups.close()
-        # What systemd-nspawn itself would take away if it were not killed.
-        for disk in self.pool.path("servers").glob("[0-9]*"):
-            status = disk.stat()
-            (_NSPAWN_RUNTIME / "locks" / f"inode-{status.st_dev}:{status.st_ino}").unlink(missing_ok=True)
-        for lock in self.pool.path("servers").glob(".#*.lck"):
-            lock.unlink()
-        for path in _NSPAWN_RUNTIME.glob(f"*/mlc-{self.tag}-*"):
-            shutil.rmtree(path, ignore_errors=True)
+        _collect(failures, self._groups.close)
+        _collect(failures, self._remove_locks)
         _collect(failures, self.pool.close)
         if failures:
             raise failures[0]
+
+    def _remove_locks(self) -> None:
+        """Takes away what systemd-nspawn itself would if it were not killed."""
+        for path in _NSPAWN_RUNTIME.glob(f"*/mlc-{self.tag}-*"):
+            shutil.rmtree(path, ignore_errors=True)
+        for disk in self.pool.path("servers").glob("[0-9]*"):
+            status = disk.stat()
+            (_NSPAWN_RUNTIME / "locks" / f"inode-{status.st_dev}:{status.st_ino}").unlink(missing_ok=True)
+        if not self.pool.is_read_only():  # then they do no harm: the next start takes the disks writable
+            for lock in self.pool.path("servers").glob(".#*.lck"):
+                lock.unlink()
 
     def _hold(self) -> None:
         file = (self._state / "machines.lock").open("w")
@@ -284,3 +305,5 @@ def _collect(failures: list[MachineFailed], step: Callable[[], object]) -> None:
         step()
     except MachineFailed as error:
         failures.append(error)
+    except OSError as error:
+        failures.append(MachineFailed(str(error)))

@@ -5,9 +5,11 @@ import json
 import os
 import socket
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 from scripts.local_cloud.machine_interface import MachineFailed, MachineSpec, PrivateLink
 from scripts.local_cloud.machines.network import METADATA_ADDRESS
@@ -18,6 +20,7 @@ _ROOT = "/hetzner/v1"
 _REGIONS = {"fsn1": "eu-central", "nbg1": "eu-central", "hel1": "eu-central", "ash": "us-east", "hil": "us-west"}
 _DEFAULT_REGION = "eu-central"
 _CALLER_TIMEOUT_S = 10.0
+_CALLS_AT_ONCE = 16
 
 
 def answer(path: str, spec: MachineSpec, resolvers: list[str], links: Mapping[int, PrivateLink]) -> str | None:
@@ -108,8 +111,29 @@ def listen_in(namespace: Path, address: str, port: int) -> socket.socket:
     return made[0]
 
 
-class _Server(ThreadingHTTPServer):
+class CallerServer(ThreadingHTTPServer):
+    """A thread for each caller, and few of them for each server: one that never ends its requests costs no others."""
+
     daemon_threads = True
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._calls: Counter[str] = Counter()
+        self._counting = threading.Lock()
+
+    def verify_request(self, request: object, client_address: Any) -> bool:
+        with self._counting:
+            if self._calls[client_address[0]] >= _CALLS_AT_ONCE:
+                return False
+            self._calls[client_address[0]] += 1
+            return True
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            with self._counting:
+                self._calls[client_address[0]] -= 1
 
     def handle_error(self, request: object, client_address: object) -> None:
         pass  # a caller that hangs up is none of the cloud's business
@@ -145,7 +169,7 @@ class MetadataService:
                 pass  # nobody reads it
 
         listening = listen_in(namespace, METADATA_ADDRESS, 80)
-        self._server = _Server((METADATA_ADDRESS, 80), Handler, bind_and_activate=False)
+        self._server = CallerServer((METADATA_ADDRESS, 80), Handler, bind_and_activate=False)
         self._server.socket.close()
         self._server.socket = listening
         self._thread = threading.Thread(

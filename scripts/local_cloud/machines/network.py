@@ -8,6 +8,7 @@ networks have namespaces of their own.
 
 import hashlib
 import ipaddress
+import json
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -23,6 +24,7 @@ GATEWAY_IPV6 = "fe80::1"
 METADATA_ADDRESS = "169.254.169.254"
 _PREFIX = "mlc-"
 _UPLINK = "uplink"
+_SHORTEST_PREFIX = 8
 _IPV6 = Path("/proc/sys/net/ipv6/conf/all/forwarding")
 _CLOUD_RULES = """
 table inet {table} {{
@@ -31,6 +33,13 @@ table inet {table} {{
         ip6 saddr fe80::/10 accept
         ip6 saddr :: accept
         fib saddr . iif oif missing drop
+    }}
+    set cut_off {{
+        type ifname
+    }}
+    chain outside {{
+        type filter hook forward priority filter
+        iifname @cut_off oifname "{uplink}" ct direction original drop
     }}
 }}
 """
@@ -92,11 +101,25 @@ def nameservers(texts: list[str]) -> list[str]:
     return []
 
 
+def find_overlap(wanted: ipaddress.IPv4Network, routes: str) -> str | None:
+    """The destination of a route of the host, from ``ip -json route``, that has addresses in a range; None if none."""
+    for route in json.loads(routes):
+        if route["dst"] == "default":
+            continue
+        network = ipaddress.IPv4Network(route["dst"])
+        # A route for half of the world stands for the default one, which VPNs leave in its place.
+        if network.prefixlen >= _SHORTEST_PREFIX and network.overlaps(wanted):
+            return str(network)
+    return None
+
+
 class Network:
     """What a cloud has of the host's network, by its tag; everything is found again by name after a kill."""
 
-    def __init__(self, tag: str, public_range: str, log: Callable[[str], None]) -> None:
+    def __init__(self, tag: str, public_range: str, log: Callable[[str], None], forgets_moved: bool = False) -> None:
+        """``forgets_moved`` is how servers' firewalls take moved flows; see ``firewall.table``."""
         self.tag = tag
+        self._forgets_moved = forgets_moved
         self.namespace = f"{_PREFIX}{tag}"
         self.private = PrivateNetworks(self.namespace)
         self._range = ipaddress.IPv4Network(public_range)
@@ -112,6 +135,11 @@ class Network:
     def open(self) -> None:
         """Makes the cloud's namespace, its link to the host, routes and NAT; raises MachineFailed."""
         host, cloud = transfer_addresses(self.tag)
+        if taken := find_overlap(self._range, run(["ip", "-json", "-4", "route", "show"])):
+            raise MachineFailed(
+                f"{self._range} is in use on this host (it has a route to {taken}), by another local cloud or a VPN "
+                "perhaps; choose another range with --addresses"
+            )
         host_settings.claim(self.tag)
         run(["ip", "netns", "add", self.namespace])
         run_ip(
@@ -132,12 +160,9 @@ class Network:
             f"route add unreachable {self._range}",
             namespace=self.namespace,
         )
-        try:
-            run_ip(f"route add {self._range} via {cloud} src {host}")
-        except MachineFailed as error:
-            raise MachineFailed(f"{self._range} is in use on this host, by another local cloud perhaps") from error
+        run_ip(f"route add {self._range} via {cloud} src {host}")
         self._open_ipv6()
-        self._in_cloud(["nft", "-f", "-"], stdin=_CLOUD_RULES.format(table=self._table))
+        self._in_cloud(["nft", "-f", "-"], stdin=_CLOUD_RULES.format(table=self._table, uplink=_UPLINK))
         run(["nft", "-f", "-"], stdin=_HOST_RULES.format(table=self._table, link=self._host_link, range=self._range))
         self._say_if_host_drops()
 
@@ -209,8 +234,17 @@ class Network:
 
     def filter(self, server_id: int, rules: Iterable[FirewallRule] | None) -> None:
         """Replaces a server's firewall, or takes it away; its link need not be there."""
-        text = firewall.removal(server_id) if rules is None else firewall.table(server_id, link_name(server_id), rules)
+        text = (
+            firewall.removal(server_id)
+            if rules is None
+            else firewall.table(server_id, link_name(server_id), rules, self._forgets_moved)
+        )
         self._in_cloud(["nft", "-f", "-"], stdin=text)
+
+    def cut_off(self, server_id: int, cut: bool) -> None:
+        """Keeps what a server itself begins from leaving the cloud, or lets it; its link need not be there."""
+        element = f'element inet {self._table} cut_off {{ "{link_name(server_id)}" }}\n'
+        self._in_cloud(["nft", "-f", "-"], stdin=f"add {element}" + ("" if cut else f"delete {element}"))
 
     def resolvers(self) -> list[str]:
         """The host's name servers as a server can reach them; none, and a line in the log, if they are all local."""

@@ -13,7 +13,8 @@ GIB = 1024**3
 _FIRST_SIZE = 4 * GIB
 _STEP = 4 * GIB
 _LOW = 2 * GIB  # a server can write a GiB before the watcher looks again
-_HOST_RESERVE = 2 * GIB  # a full host would turn the pool's file system read-only under running servers
+_HOST_RESERVE = 2 * GIB  # for the host's own work, and for the pools of others
+_MOUNT_OPTIONS = "loop,noatime,nodiscard"  # a discarded block is a hole in the file
 _COPY_TIMEOUT_S = 1800.0
 _BUSY_TIMEOUT_S = 3.0
 
@@ -23,9 +24,9 @@ def grown_size(size: int, free: int, host_free: int) -> int | None:
 
     All in bytes; ``free`` is what the pool's own file system has left, ``host_free`` what the host's has.
     """
-    if free >= _LOW and host_free > _HOST_RESERVE:
+    if free >= _LOW:
         return None
-    step = min(_STEP, host_free - _HOST_RESERVE - free)
+    step = min(_STEP, host_free - _HOST_RESERVE)
     if step < GIB // 4:
         raise PoolFull(
             f"the disk is full: {host_free / 1e9:.1f} GB are free beside the pool, of which {_HOST_RESERVE / 1e9:.1f} "
@@ -37,7 +38,8 @@ def grown_size(size: int, free: int, host_free: int) -> int | None:
 class Pool:
     """Directories by name under ``state/pool``: ``base/…``, ``servers/…``, ``images/…``; copies cost nothing on btrfs.
 
-    Safe for use by several threads.
+    The file holds all of its blocks from the start and gives none back: a write that finds the host's disk full would
+    end the file system for every server. Safe for use by several threads.
     """
 
     def __init__(self, state: Path, log: Callable[[str], None]) -> None:
@@ -55,7 +57,8 @@ class Pool:
         if self._copy_on_write:
             check_pool_tools()
             if not is_mounted(self.root):
-                run(["mount", "-t", "btrfs", "-o", "loop,noatime,discard=async", self._file, self.root])
+                allocate(self._file, self._file.stat().st_size)  # a kill may have come while it grew
+                run(["mount", "-t", "btrfs", "-o", _MOUNT_OPTIONS, self._file, self.root])
             run(["btrfs", "filesystem", "resize", "max", self.root])  # a kill may have come between the two steps
         # A program that root of a server gave to everybody (setuid) must not be within reach of this host's users.
         self.root.chmod(0o700)
@@ -136,20 +139,29 @@ class Pool:
         return int(run(["du", "-s", "-x", "--block-size=1", self.path(name)]).split()[0]) / 1e9
 
     def make_room(self) -> None:
-        """Grows the pool if little is free in it; raises PoolFull if the host has no room for that."""
+        """Grows the pool if little is free in it; raises PoolFull without room for that, MachineFailed if it broke."""
         if not self._copy_on_write:
             if free_bytes(self.root) < _HOST_RESERVE:
                 raise PoolFull(f"the disk is full: {free_bytes(self.root) / 1e9:.1f} GB are free at {self.root}")
             return
         with self._growing:
+            if self.is_read_only():
+                raise MachineFailed(
+                    "the pool of disks can only be read since a write failed (the kernel's log says why); "
+                    "stop the local cloud and start it again"
+                )
             size = self._file.stat().st_size
             wanted = grown_size(size, free_bytes(self.root), free_bytes(self._file.parent))
             if wanted is None:
                 return
-            os.truncate(self._file, wanted)
+            allocate(self._file, wanted)
             run(["losetup", "--set-capacity", self._loop_device()])
             run(["btrfs", "filesystem", "resize", "max", self.root])
             self._log(f"the pool grew to {wanted / 1e9:.1f} GB")
+
+    def is_read_only(self) -> bool:
+        """Tells whether nothing can be written any more, as after an error of the disk below."""
+        return self.root.exists() and bool(os.statvfs(self.root).f_flag & os.ST_RDONLY)
 
     def _make_file(self) -> bool:
         try:
@@ -160,15 +172,16 @@ class Pool:
         unfinished = self._unfinished_file
         unfinished.unlink(missing_ok=True)
         unfinished.touch(mode=0o600)  # it holds what only root of a server may read
-        with unfinished.open("wb") as file:
-            file.truncate(min(_FIRST_SIZE, max(GIB, free_bytes(self._file.parent) - _HOST_RESERVE)))
         try:
+            allocate(unfinished, min(_FIRST_SIZE, max(GIB, free_bytes(self._file.parent) - _HOST_RESERVE)))
             # Its content is on this one disk anyway: a second copy of the metadata would only double the writes.
-            run(["mkfs.btrfs", "--quiet", "--metadata", "single", "--data", "single", unfinished])
-            run(["mount", "-t", "btrfs", "-o", "loop", unfinished, self.root])
+            run(["mkfs.btrfs", "--quiet", "--nodiscard", "--metadata", "single", "--data", "single", unfinished])
+            run(["mount", "-t", "btrfs", "-o", _MOUNT_OPTIONS, unfinished, self.root])
             run(["umount", self.root])
         except MachineFailed as error:
             unfinished.unlink()
+            if isinstance(error, PoolFull):
+                raise
             self._log(f"disks are plain copies, slow and large: {error}")
             return False
         unfinished.rename(self._file)
@@ -185,6 +198,19 @@ class Pool:
         if not devices:
             raise MachineFailed(f"{self._file} has no loop device any more")
         return devices[0]
+
+
+def allocate(path: Path, size: int) -> None:
+    """Makes a file of ``size`` bytes that all have their place on the disk; raises PoolFull and leaves it as it was."""
+    with path.open("ab") as file:
+        before = os.fstat(file.fileno()).st_size
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            file.truncate(before)
+            raise PoolFull(
+                f"the disk is full: {path} cannot have {size / 1e9:.1f} GB ({error.strerror}); delete other files"
+            ) from error
 
 
 def free_bytes(path: Path) -> int:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from scripts.local_cloud.machines.network import GATEWAY_IPV4, GATEWAY_IPV6, mac
 
 _SEED = "var/lib/cloud/seed/nocloud"
 _PASSWORD_LOGIN = "etc/ssh/sshd_config.d/05-root-password.conf"  # noqa: S105 - a file's name
+_READ_AT_MOST_BYTES = 4096
 _RESOLVER_HEAD = "# Written at each start of the server.\n"
 
 
@@ -19,8 +21,7 @@ def write(disk: Path, spec: MachineSpec, resolvers: Sequence[str]) -> None:
     for name, text in documents(spec, resolvers).items():
         write_inside(disk, f"{_SEED}/{name}", text, mode=0o600)
     write_inside(disk, _PASSWORD_LOGIN, "PermitRootLogin yes\n" if spec.root_password else "", mode=0o644)
-    resolver_file = disk / "etc/resolv.conf"
-    if not resolver_file.is_symlink() and _is_ours(resolver_file):
+    if _is_ours(disk / "etc/resolv.conf"):
         text = _RESOLVER_HEAD + "".join(f"nameserver {address}\n" for address in resolvers)
         write_inside(disk, "etc/resolv.conf", text, mode=0o644)
 
@@ -109,10 +110,20 @@ def _step_into(handle: int, directory: str) -> int:
 
 
 def _is_ours(resolver_file: Path) -> bool:
-    if not resolver_file.is_file():
+    """Whether a server left the file to the cloud. It may have made anything of it: a link, a pipe, a terabyte."""
+    try:
+        handle = os.open(resolver_file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
         return True
-    text = resolver_file.read_text(errors="replace")
-    return not text.strip() or text.startswith(_RESOLVER_HEAD)
+    except OSError:
+        return False
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            return False
+        head = os.read(handle, _READ_AT_MOST_BYTES).decode(errors="replace")
+    finally:
+        os.close(handle)
+    return not head.strip() or head.startswith(_RESOLVER_HEAD)
 
 
 def _yaml(value: object) -> str:

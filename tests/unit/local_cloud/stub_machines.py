@@ -23,6 +23,7 @@ class StubMachines:
     routes: dict[str, int | None] = field(default_factory=dict)
     filters: dict[int, tuple[FirewallRule, ...] | None] = field(default_factory=dict)
     private: dict[int, tuple[PrivateLink, ...]] = field(default_factory=dict)
+    cut: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
@@ -54,6 +55,7 @@ class StubMachines:
         self.disks.pop(server_id, None)
         self.filters.pop(server_id, None)
         self.private.pop(server_id, None)
+        self.cut.discard(server_id)
 
     def start(self, spec: MachineSpec) -> None:
         self._ask("start", spec.server_id)
@@ -92,6 +94,11 @@ class StubMachines:
         self._ask("set_private_links", server_id)
         assert server_id in self.disks, "a server that is not there was connected"
         self.private[server_id] = links
+
+    def cut_off(self, server_id: int, cut: bool) -> None:
+        self._ask("cut_off", server_id)
+        assert server_id in self.disks, "a server that is not there was cut off"
+        (self.cut.add if cut else self.cut.discard)(server_id)
 
     def snapshot(self, server_id: int, image_id: int) -> float:
         self._ask("snapshot", server_id)

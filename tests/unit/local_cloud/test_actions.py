@@ -1,6 +1,15 @@
 """How actions are read."""
 
-from tests.unit.local_cloud.conftest import Cloud
+import sqlite3
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from scripts.local_cloud.api import actions
+from scripts.local_cloud.machine_interface import MachineFailed
+from tests.unit.local_cloud.conftest import PUBLIC_KEY, Cloud, wait_until
 
 
 def test_actions_are_polled_one_by_one_and_many_at_a_time(cloud: Cloud) -> None:
@@ -34,3 +43,42 @@ def test_actions_are_found_below_their_resources(cloud: Cloud) -> None:
     assert cloud.refuse("GET", "/servers/1/actions") == (404, "not_found")
     assert len(cloud.get("/servers/actions", status="success")["actions"]) == 5
     assert cloud.get("/servers/actions", status="error")["actions"] == []
+
+
+def test_a_full_disk_is_told_and_costs_no_more_than_its_time(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked for is refused with 503; an action that ends meanwhile keeps its lock until that is written."""
+    store, server_id = cloud.project.store, cloud.make_server()
+
+    def refuse(kind: str, document: dict[str, Any]) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(actions, "_WRITE_AGAIN_S", 0.01)
+    cloud.machines.delays_s["shutdown"] = 0.2
+    action = cloud.post(f"/servers/{server_id}/actions/shutdown")["action"]
+    with monkeypatch.context() as full:
+        full.setattr(store, "put", refuse)
+        key = {"name": "a", "public_key": PUBLIC_KEY}
+        assert cloud.refuse("POST", "/ssh_keys", key) == (503, "unavailable")
+        time.sleep(0.4)
+        assert cloud.get(f"/actions/{action['id']}")["action"]["status"] == "running"
+        assert cloud.refuse("POST", f"/servers/{server_id}/actions/poweron") == (423, "locked")
+    assert cloud.wait(action)[0]["status"] == "success"
+    cloud.succeed(f"/servers/{server_id}/actions/poweron")
+
+
+def test_work_that_the_end_of_the_cloud_breaks_has_not_failed(start_cloud: Callable[..., Cloud]) -> None:
+    """Machines refuse what comes after their end: a reboot that meets it is on again after the next start."""
+    cloud = start_cloud()
+    server_id = cloud.make_server()
+    cloud.machines.delays_s["shutdown"] = 0.2
+    cloud.machines.failing["start"] = MachineFailed("the local cloud is stopping")
+    action = cloud.post(f"/servers/{server_id}/actions/reboot")["action"]
+    cloud.stop()
+    del cloud.machines.failing["start"]
+    again = cloud.start_again()
+    try:
+        ended = again.get(f"/actions/{action['id']}")["action"]
+        assert ended["error"]["message"] == "the local cloud was stopped while this action ran"
+        wait_until(lambda: again.status(server_id) == "running")
+    finally:
+        again.stop()

@@ -2,11 +2,12 @@
 
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from scripts.local_cloud.api.faults import ConnectionDropped
+from scripts.local_cloud.api.faults import ConnectionDropped, Faults
 from scripts.local_cloud.api.http_server import HttpServer, NotLoopback
 from tests.unit.local_cloud.conftest import Cloud, wait_until
 
@@ -199,3 +200,23 @@ def test_it_listens_on_loopback_only(host: str) -> None:
     """IPv4 loopback, as the endpoint that clients are told."""
     with pytest.raises(NotLoopback):
         HttpServer(lambda environ, start: [], host)
+
+
+def test_a_full_disk_costs_the_record_and_no_answer(caplog: pytest.LogCaptureFixture) -> None:
+    """That calls are not written down is said once; they are still told to who asks."""
+    faults = Faults(calls_path=Path("/dev/full"))
+    for number in range(3):
+        faults.record(path=f"/v1/{number}")
+    faults.close()
+    faults.record(path="/v1/late")  # an answer that was under way at the end
+    assert len(faults.read_calls()) == 4
+    assert [record.message for record in caplog.records] == [
+        "calls cannot be written down: No space left on device"
+    ]
+
+
+def test_no_plan_lasts_for_ever(cloud: Cloud) -> None:
+    """A day is the longest; what no clock can count is refused, not met."""
+    for seconds in (86_401, 1e300):
+        fault = {"path": "/v1/servers", "kind": "slow_answer", "seconds": seconds}
+        assert cloud.call("PUT", "/_local/faults", {"faults": [fault]}).status_code == 422

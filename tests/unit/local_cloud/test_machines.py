@@ -1,7 +1,12 @@
 """What the local machines decide before they touch the host: names, seeds, growth, and what belongs to whom."""
 
+import ipaddress
 import json
+import os
+import shutil
+import socket
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -19,6 +24,7 @@ from scripts.local_cloud.machines import (
     private_networks,
     seed,
 )
+from scripts.local_cloud.machines.machines import LocalMachines
 
 KEY = "ssh-ed25519 AAAA someone"
 SPEC = MachineSpec(
@@ -151,6 +157,25 @@ def test_a_resolver_file_of_the_servers_own_stays(tmp_path: Path) -> None:
     assert (tmp_path / "etc/resolv.conf").read_text() == "nameserver 192.0.2.99\n"
 
 
+@pytest.mark.parametrize("kind", ["a pipe", "a terabyte", "a directory", "a link"])
+def test_whatever_a_server_made_of_its_resolver_file_stays(tmp_path: Path, kind: str) -> None:
+    """None of them is followed, waited for, or read whole."""
+    path = tmp_path / "etc/resolv.conf"
+    path.parent.mkdir()
+    if kind == "a pipe":
+        os.mkfifo(path)
+    elif kind == "a terabyte":
+        path.write_text("nameserver 192.0.2.99\n")
+        os.truncate(path, 1 << 40)
+    elif kind == "a directory":
+        path.mkdir()
+    else:
+        path.symlink_to("../run/resolv.conf")
+    before = path.lstat()
+    seed.write(tmp_path, SPEC, RESOLVERS)
+    assert (path.lstat().st_ino, path.lstat().st_size) == (before.st_ino, before.st_size)
+
+
 def test_links_on_a_disk_do_not_lead_to_the_hosts_files(tmp_path: Path) -> None:
     """A directory that a server has replaced by a link is refused, and a link in place of a file is replaced."""
     outside, disk = tmp_path / "outside", tmp_path / "disk"
@@ -218,6 +243,18 @@ def test_a_rule_for_going_out_closes_that_way_too() -> None:
     assert text.count("\ndrop\n") == 2
 
 
+def test_a_firewall_may_know_only_the_flows_that_began_at_its_server() -> None:
+    """Marks tell two servers apart, and for each the flows that come to it from those that it begins."""
+    rules = (FirewallRule("in", "tcp", ("0.0.0.0/0",), (80, 80)),)
+    text = firewall.table(100_001, "s100001", rules, forgets_moved=True)
+    assert "ct state { established, related } ct mark & 0xffff == 0x86a3 accept\n" in text
+    assert "ct direction reply ct mark & 0xffff0000 == 0x86a30000 accept\n" in text
+    assert 'iifname "s100001" jump public_out' in text
+    assert text.count("\ndrop\n") == 1  # what it begins itself is free
+    assert "0x86a3 " not in firewall.table(100_002, "s100002", rules, forgets_moved=True)
+    assert "ct mark" not in firewall.table(100_001, "s100001", rules)
+
+
 def test_a_pool_with_room_does_not_grow() -> None:
     """Two GiB free are enough."""
     assert pool.grown_size(4 * pool.GIB, 3 * pool.GIB, 100 * pool.GIB) is None
@@ -228,18 +265,107 @@ def test_a_pool_grows_by_steps() -> None:
     assert pool.grown_size(4 * pool.GIB, pool.GIB, 100 * pool.GIB) == 8 * pool.GIB
 
 
-def test_a_pool_never_promises_more_than_the_host_has() -> None:
-    """What is free in the pool after growth fits on the host, beside what the host keeps."""
-    size = pool.grown_size(4 * pool.GIB, pool.GIB, 5 * pool.GIB)
-    assert size == 6 * pool.GIB
+def test_a_pool_never_takes_more_than_the_host_has() -> None:
+    """What it grows by fits on the host, beside what the host keeps."""
+    assert pool.grown_size(4 * pool.GIB, pool.GIB, 5 * pool.GIB) == 7 * pool.GIB
 
 
 def test_a_full_host_is_said_so() -> None:
     """The message tells what is free and what to do."""
     with pytest.raises(PoolFull, match=r"the disk is full: 2\.\d GB are free"):
         pool.grown_size(4 * pool.GIB, pool.GIB // 2, 2 * pool.GIB)
-    with pytest.raises(PoolFull):
-        pool.grown_size(8 * pool.GIB, 4 * pool.GIB, pool.GIB)  # others have taken what the pool was promised
+    assert pool.grown_size(8 * pool.GIB, 4 * pool.GIB, 0) is None  # what the pool has is its own
+
+
+def test_all_of_a_pool_has_its_place_on_the_disk(tmp_path: Path) -> None:
+    """A hole in the file would be a write that finds the disk full, and the end of the file system in it."""
+    pool.allocate(tmp_path / "pool", 1 << 20)
+    with (tmp_path / "pool").open("r+b") as file:
+        file.truncate(3 << 20)
+    pool.allocate(tmp_path / "pool", 2 << 20)
+    status = (tmp_path / "pool").stat()
+    assert status.st_size == 3 << 20
+    assert 2 << 20 <= status.st_blocks * 512 < 3 << 20
+
+
+def test_a_pool_that_finds_no_room_stays_as_it_was(tmp_path: Path) -> None:
+    """More than any disk has: refused with the path and what to do, and nothing is taken."""
+    pool.allocate(tmp_path / "pool", 1 << 20)
+    with pytest.raises(PoolFull, match=r"the disk is full: .*/pool cannot have .* delete other files"):
+        pool.allocate(tmp_path / "pool", shutil.disk_usage(tmp_path).free * 2)
+    assert (tmp_path / "pool").stat().st_size == 1 << 20
+    assert (tmp_path / "pool").stat().st_blocks * 512 < 2 << 20
+
+
+def test_a_consoles_file_begins_anew_when_a_server_fills_it(tmp_path: Path) -> None:
+    """One that is long is emptied, others stay, and one that is not there is no error."""
+    console = tmp_path / "1.log"
+    assert not container.shorten_console(console)
+    console.write_bytes(b"x\n" * 1000)
+    assert not container.shorten_console(console)
+    assert console.stat().st_size == 2000
+    os.truncate(console, 17 << 20)
+    assert container.shorten_console(console)
+    assert console.read_bytes() == b""
+
+
+def test_the_last_line_of_a_console_is_found_without_reading_all_of_it(tmp_path: Path) -> None:
+    """A terabyte of it, too; a console without a word is told so."""
+    console = tmp_path / "1.log"
+    console.touch()
+    assert container.last_line(console) == "it ended without a word"
+    os.truncate(console, 1 << 40)
+    with console.open("ab") as file:
+        file.write(b"\nwhy it ended \r\n\n")
+    assert container.last_line(console) == "why it ended"
+
+
+def test_routes_of_the_host_keep_a_range_from_being_taken_twice() -> None:
+    """Wider and narrower ones count; the default route and the halves that a VPN puts in its place do not."""
+    wanted = ipaddress.IPv4Network("198.18.0.0/16")
+
+    def overlap(*destinations: str) -> str | None:
+        return network.find_overlap(wanted, json.dumps([{"dst": each, "dev": "x"} for each in destinations]))
+
+    assert overlap("default", "0.0.0.0/1", "128.0.0.0/1", "10.0.0.0/8", "198.19.0.0/16") is None
+    assert overlap("default", "198.18.0.0/16") == "198.18.0.0/16"
+    assert overlap("198.18.7.9") == "198.18.7.9/32"
+    assert overlap("198.0.0.0/8") == "198.0.0.0/8"
+    assert network.find_overlap(wanted, "[ ]") is None
+
+
+def test_a_server_has_few_calls_to_the_metadata_at_once() -> None:
+    """The next one is turned away until one has ended; other servers do not notice."""
+    server = metadata.CallerServer(("127.0.0.1", 0), BaseHTTPRequestHandler, bind_and_activate=False)
+    try:
+        taken = [server.verify_request(None, ("198.18.0.7", port)) for port in range(40)]
+        assert taken == [True] * 16 + [False] * 24
+        assert server.verify_request(None, ("198.18.0.8", 1))
+        ours, theirs = socket.socketpair()
+        theirs.close()
+        server.process_request_thread(ours, ("198.18.0.7", 1))
+        assert server.verify_request(None, ("198.18.0.7", 50))
+        assert not server.verify_request(None, ("198.18.0.7", 51))
+    finally:
+        server.server_close()
+
+
+def test_a_log_that_fails_keeps_nothing_from_being_taken_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The terminal may be gone when a server does not go off in time."""
+
+    def gone(line: str) -> None:
+        raise BrokenPipeError
+
+    machines = LocalMachines(tmp_path, log=gone)
+    taken_down: list[bool] = []
+    monkeypatch.setattr("scripts.local_cloud.machines.machines._ORDERLY_STOP_S", 0)
+    monkeypatch.setattr(machines._containers, "all_running", lambda: [1])
+    monkeypatch.setattr(machines, "_take_down", lambda: taken_down.append(True))
+    machines._hold()
+    with pytest.raises(BrokenPipeError):
+        machines.close()
+    assert taken_down == [True]
+    machines._let_go()
 
 
 def test_mount_points_are_read_with_their_blanks() -> None:

@@ -308,3 +308,50 @@ def test_actions_that_are_not_there_yet_say_so(cloud: Cloud) -> None:
     path = f"/servers/{server_id}/actions/enable_rescue"
     assert cloud.refuse("POST", path, {}) == (422, "unsupported_error")
     assert cloud.refuse("POST", f"/servers/{server_id}/actions/explode", {})[0] in (404, 405)
+
+
+def test_servers_are_cut_off_by_name(cloud: Cloud) -> None:
+    """Those that are there at once, those to come when they start; each list replaces the one before."""
+    left, right = cloud.make_server("left"), cloud.make_server("right")
+
+    def cut(*names: str) -> set[int]:
+        result = cloud.call("PUT", "/_local/network", {"cut_off": list(names)})
+        assert (result.status_code, result.json) == (200, {"cut_off": list(names)})
+        assert cloud.call("GET", "/_local/network").json == result.json
+        return cloud.machines.cut
+
+    assert cut("left", "later") == {left}
+    later = cloud.make_server("later")
+    assert cloud.machines.cut == {left, later}
+    assert cut("*") == {left, right, later}
+    last = cloud.make_server("last")
+    assert cloud.machines.cut == {left, right, later, last}
+    assert cut() == set()
+
+
+@pytest.mark.parametrize("body", [{}, {"cut_off": "left"}, {"cut_off": [1]}, {"cut_of": []}, {"cut_off": None}])
+def test_who_is_cut_off_must_be_said_right(cloud: Cloud, body: dict[str, Any]) -> None:
+    """A typo would connect everybody again."""
+    cloud.call("PUT", "/_local/network", {"cut_off": ["left"]})
+    assert cloud.call("PUT", "/_local/network", body).status_code == 422
+    assert cloud.call("GET", "/_local/network").json == {"cut_off": ["left"]}
+
+
+def test_only_what_a_running_server_does_by_itself_is_noticed(cloud: Cloud) -> None:
+    """Not while an action holds it, not once the cloud is stopping: then the machine's end is their work."""
+    server_id = cloud.make_server()
+    fault = {"method": "POST", "path": "/v1/servers/**", "kind": "action_stuck", "times": 1}
+    cloud.call("PUT", "/_local/faults", {"faults": [fault]})
+    action = cloud.post(f"/servers/{server_id}/actions/create_image")["action"]
+    cloud.machines.running.pop(server_id)
+    cloud.project.life.notice_off(server_id)
+    assert cloud.status(server_id) == "running"
+    cloud.call("DELETE", "/_local/faults")
+    cloud.wait(action)
+    cloud.project.life.notice_off(server_id)
+    assert cloud.status(server_id) == "off"
+    cloud.succeed(f"/servers/{server_id}/actions/poweron")
+    cloud.project.life.close()
+    cloud.machines.running.pop(server_id)
+    cloud.project.life.notice_off(server_id)
+    assert cloud.status(server_id) == "running"

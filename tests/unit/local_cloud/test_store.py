@@ -1,11 +1,24 @@
 """What the state on disk keeps."""
 
+import sqlite3
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from scripts.local_cloud.store import Store, StoreUnusable
+
+
+def fill_disk(store: Store) -> None:
+    """Leaves a store no room to grow, as a full disk does."""
+    pages = store._connection.execute("PRAGMA page_count").fetchone()[0]
+    store._connection.execute(f"PRAGMA max_page_count = {pages}")
+
+
+def empty_disk(store: Store) -> None:
+    """Gives it room again."""
+    store._connection.execute("PRAGMA max_page_count = 1000000")
 
 
 def test_documents_are_found_again_by_another_process(tmp_path: Path) -> None:
@@ -90,3 +103,47 @@ def test_only_the_owner_can_read_the_file(tmp_path: Path) -> None:
     """Passwords stand in it."""
     Store(tmp_path / "state").close()
     assert (tmp_path / "state").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_full_disk_costs_a_transaction_and_nothing_later(tmp_path: Path) -> None:
+    """What does not fit is refused whole; what was there can be read, and written again once there is room."""
+    store = Store(tmp_path / "state")
+    store.put("server", {"id": 1, "name": "before"})
+    fill_disk(store)
+
+    def write() -> None:
+        with store.transaction():
+            store.change("server", 1, name="during")
+            store.put("server", {"id": 2, "user_data": "x" * 100_000})
+
+    with pytest.raises(sqlite3.OperationalError, match="full"):
+        write()
+    assert store.read_all("server") == [{"id": 1, "name": "before"}]
+    empty_disk(store)
+    store.put("server", {"id": 2, "user_data": "x" * 100_000})
+    assert [each["id"] for each in store.read_all("server")] == [1, 2]
+    store.close()
+
+
+def test_a_transaction_that_cannot_be_committed_is_undone(tmp_path: Path) -> None:
+    """As when the log's file meets a full disk at the very end; the next transaction begins as usual."""
+    store = Store(tmp_path / "state")
+    connection = store._connection
+
+    class Refusing:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(connection, name)
+
+        def execute(self, statement: str, *values: Any) -> sqlite3.Cursor:
+            if statement == "COMMIT":
+                raise sqlite3.OperationalError("disk I/O error")
+            return connection.execute(statement, *values)
+
+    store._connection = Refusing()
+    with pytest.raises(sqlite3.OperationalError, match="disk I/O error"):
+        store.put("server", {"id": 1})
+    store._connection = connection
+    assert store.read_all("server") == []
+    store.put("server", {"id": 2})
+    assert store.read_all("server") == [{"id": 2}]
+    store.close()

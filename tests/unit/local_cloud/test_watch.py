@@ -1,5 +1,11 @@
 """What a person sees in the terminal: what there is, and what has changed since the last look."""
 
+import sys
+from pathlib import Path
+
+import pytest
+
+from scripts.local_cloud import __main__ as command_line
 from scripts.local_cloud.watch import changes, describe
 from tests.unit.local_cloud.conftest import Cloud, wait_until
 
@@ -24,3 +30,29 @@ def test_changes_are_told_once() -> None:
     now = {("server", 1): "a: running", ("image", 4): "c: creating"}
     assert changes(before, now) == ["server 1  a: running", "image 4  c: creating", "server 2  gone"]
     assert changes(now, now) == []
+
+
+def test_descriptions_do_not_steer_the_terminal() -> None:
+    """They are anybody's text: an escape is shown as a replacement character."""
+    assert changes({}, {("image", 4): "\x1b]0;owned\x07 ü"}) == ["image 4  \ufffd]0;owned\ufffd ü"]
+
+
+def test_a_terminal_that_is_gone_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is said fails, also again and again, and what is done goes on."""
+    full = Path("/dev/full").open("w")  # noqa: SIM115 - closing it fails, as the program's own would
+    monkeypatch.setattr(sys, "stdout", full)
+    for _ in range(3):
+        command_line._show("a line")
+    assert sys.stdout is not full
+    sys.stdout.close()
+    with pytest.raises(OSError, match="No space left"):
+        full.close()
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "many"])
+def test_an_allowance_of_nothing_is_refused(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before anything is touched, as every wrong option."""
+    with pytest.raises(SystemExit) as end:
+        command_line.main(["run", "--requests-per-hour", value])
+    assert end.value.code == 2
+    assert "--requests-per-hour" in capsys.readouterr().err
