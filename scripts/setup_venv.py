@@ -55,6 +55,12 @@ def fingerprint(requirement_files):
     return digest.hexdigest()
 
 
+def is_ours(python):
+    """Whether an environment's Python starts and is a copy of this very one: two of 3.11 do not mix either."""
+    question = "import sys; sys.exit((sys.version, sys.base_prefix) != %r)" % ((sys.version, sys.base_prefix),)
+    return os.path.exists(python) and subprocess.call([python, "-c", question], stderr=subprocess.DEVNULL) == 0
+
+
 def run(arguments, remedy):
     """Runs one command; its failure ends the run with what to do."""
     try:
@@ -88,12 +94,11 @@ def main(requirement_files):
         pass
     python = os.path.join(VENV, "bin", "python")
     print("Setting up .venv (once; about 130 MB to fetch) …", file=sys.stderr)
-    works = os.path.exists(python) and subprocess.call([python, "-c", ""], stderr=subprocess.DEVNULL) == 0
     import venv
 
     try:
         # In this process: an interrupted child would show its traceback.
-        venv.create(VENV, with_pip=True, clear=not works)
+        venv.create(VENV, with_pip=True, clear=not is_ours(python))
     except KeyboardInterrupt:
         sys.exit("interrupted; the next run goes on from here")
     except (OSError, subprocess.CalledProcessError) as error:
