@@ -289,8 +289,8 @@ def test_a_stop_leaves_disks_and_nothing_else(host: None, tmp_path: Path) -> Non
     """A closed cloud has no trace on the host but its directory, and the next one finds its disk."""
     state = tmp_path / "state"
     before = host_settings()
-    spec = MachineSpec(21, "gone", f"{NETWORK}.241", None, (), None, "", 1, 1.0, "fsn1")
-    machines = LocalMachines(state, address_range=f"{NETWORK}.240/28", log=print)
+    spec = MachineSpec(21, "gone", f"198.19.78.1", None, (), None, "", 1, 1.0, "fsn1")
+    machines = LocalMachines(state, address_range="198.19.78.0/28", log=print)
     try:
         machines.prepare()
         machines.create_disk(21, "debian-13")
@@ -299,7 +299,7 @@ def test_a_stop_leaves_disks_and_nothing_else(host: None, tmp_path: Path) -> Non
         assert set(traces(state)) >= everything - {"mounts", "loops"}
         machines.close()
         assert traces(state) == {}
-        machines = LocalMachines(state, address_range=f"{NETWORK}.240/28", log=print)
+        machines = LocalMachines(state, address_range="198.19.78.0/28", log=print)
         machines.prepare()
         machines.start(spec)
         machines.close()
@@ -316,9 +316,9 @@ def test_a_killed_cloud_is_swept(host: None, tmp_path: Path) -> None:
     """After SIGKILL the servers are dead already, and clean removes what else is left."""
     state = tmp_path / "state"
     before = host_settings()
-    words = [sys.executable, "-c", HOLDER, str(state), f"{NETWORK}.224/28", f"{NETWORK}.225"]
+    words = [sys.executable, "-c", HOLDER, str(state), "198.19.78.16/28", "198.19.78.17"]
     holder = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=dict(os.environ))
-    sweeper = LocalMachines(state, address_range=f"{NETWORK}.224/28")
+    sweeper = LocalMachines(state, address_range="198.19.78.16/28")
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "running\n"
