@@ -289,7 +289,7 @@ def test_a_stop_leaves_disks_and_nothing_else(host: None, tmp_path: Path) -> Non
     """A closed cloud has no trace on the host but its directory, and the next one finds its disk."""
     state = tmp_path / "state"
     before = host_settings()
-    spec = MachineSpec(21, "gone", f"198.19.78.1", None, (), None, "", 1, 1.0, "fsn1")
+    spec = MachineSpec(21, "gone", "198.19.78.1", None, (), None, "", 1, 1.0, "fsn1")
     machines = LocalMachines(state, address_range="198.19.78.0/28", log=print)
     try:
         machines.prepare()
