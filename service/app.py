@@ -27,6 +27,7 @@ from service.resources.generate import GenerateResource
 from service.resources.openai import ChatShape, CompletionShape, ModelResource, ModelsResource, TextResource
 from service.resources.page import add_page
 from service.resources.status import HealthResource, MetricsResource, ReadyResource, UsageResource, VersionResource
+from service.settings import read_image
 
 _HTTP_DETAILS = {
     404: "there is no such path",
@@ -104,7 +105,7 @@ def create_app(generator: Generator, access: Access, audit: AuditLog, log: Log) 
     app.add_route("/health", HealthResource())
     app.add_route("/ready", ReadyResource(generator))
     app.add_route("/metrics", MetricsResource(generator.metrics))
-    app.add_route("/version", VersionResource(generator))
+    app.add_route("/version", VersionResource(generator, read_image(generator.settings)))
     app.add_route("/openapi.json", OpenApiResource(generator))
 
     def on_service_error(req: falcon.Request, resp: falcon.Response, error: ServiceError, params: Any) -> None:

@@ -129,14 +129,27 @@ class Generator:
         for generation in list(self.running):
             generation.cut_off()
 
+    def find_problem(self) -> str | None:
+        """What keeps this whole node from serving, as told in the settings' problem file; None without one."""
+        try:
+            return None if self.settings.problem_file is None else self.settings.problem_file.read_text().strip()
+        except FileNotFoundError:
+            return None
+        except (OSError, UnicodeDecodeError) as error:
+            return f"{self.settings.problem_file} cannot be read: {error}"
+
     def unready_reason(self) -> str | None:
         """Why no request is taken now, or None if the service is ready."""
+        if problem := self.find_problem():
+            return problem
         if self.scheduler.draining:
             return "the service is draining"
         state = self.engine.state
         return None if state.phase == "ready" else state.reason
 
     def _admit(self, caller: Caller) -> Ticket:
+        if self.settings.problem_file is not None and (problem := self.find_problem()):
+            raise Unavailable("node_problem", problem, 60.0)
         state = self.engine.state
         if state.phase in ("failed", "stopped"):
             raise Unavailable("engine_failed", state.reason, 60.0)

@@ -41,7 +41,7 @@ _ERRORS: dict[int, tuple[str, tuple[str, ...]]] = {
         "not now: loading, busy, draining, the deadline cannot be met, or keys or records cannot be used",
         (
             *("loading", "engine-failed", "queue-full", "queue-timeout", "deadline", "draining", "client-left"),
-            *("answer-cancelled", "keys-unusable", "records-unwritable"),
+            *("answer-cancelled", "keys-unusable", "records-unwritable", "node-problem"),
         ),
     ),
 }

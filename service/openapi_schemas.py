@@ -207,6 +207,7 @@ def _describe_state() -> Schema:
             {
                 "service": _STRING,
                 "version": _STRING,
+                "image": _nullable(_object({"version": _STRING, "baked": _STRING})),
                 "keys_required": _FLAG,
                 "engine": _nullable(_object({**engine, **dict.fromkeys(("slots", "threads", "batch_tokens"), _COUNT)})),
                 "model": _nullable(_object({**served, "parameters": _COUNT, "context_length": _COUNT})),

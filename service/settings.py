@@ -5,6 +5,7 @@ is a problem too, because a misspelt setting that is ignored is found by nobody.
 """
 
 import ipaddress
+import json
 import os
 import socket
 from collections.abc import Callable, Mapping
@@ -61,6 +62,8 @@ class Settings:
     node: str = ""
     control_socket: Path = Path()
     announce: bool = False
+    problem_file: Path | None = None
+    image_file: Path | None = None
     engine_adapter: str = "service.engine.gpt4all_adapter"
 
     @property
@@ -196,6 +199,8 @@ SETTINGS: dict[str, Setting] = {
     "node": Setting(_parse_text, "this node's name in the audit log"),
     "control_socket": Setting(_parse_path, "unix socket of the drain command"),
     "announce": Setting(_parse_switch, "1: print a curl line once the model is ready"),
+    "problem_file": Setting(_parse_path, "a file that says, if it exists, why this node must not serve"),
+    "image_file": Setting(_parse_path, "a JSON file that says what image this is, shown by /version"),
     "engine_adapter": Setting(_parse_text, "module of the engine's adapter"),
 }
 
@@ -262,6 +267,17 @@ def check_folders(settings: Settings) -> None:
             problems.append(f"{variable}: the folder {folder} cannot be used ({error.strerror})")
     if problems:
         raise SettingsInvalid(problems)
+
+
+def read_image(settings: Settings) -> dict[str, str] | None:
+    """Version and time of the image that this node was baked as, None elsewhere. Raises SettingsInvalid."""
+    if settings.image_file is None:
+        return None
+    try:
+        document = json.loads(settings.image_file.read_text())
+        return {name: str(document[name]) for name in ("version", "baked")}
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        raise SettingsInvalid([f"LLM_IMAGE_FILE: {settings.image_file} cannot be used ({error})"]) from error
 
 
 def describe_settings(settings: Settings) -> list[str]:

@@ -29,6 +29,7 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _SIGN_OF_LIFE_EVERY_S = 0.25
 # Address space, used only when needed: llama.cpp splits text of some vocabularies with a recursive std::regex, which
 # takes up to 400 bytes of stack for each character of an unbroken run (measured); the adapter bounds the run.
+_FIRST_TO_GO = "800"
 _THREAD_STACK_BYTES = 64 << 20
 
 
@@ -201,6 +202,8 @@ def main(descriptor: int, parent_pid: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     # A core dump would be the prompt on the disk.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # When memory ends the kernel takes this process first: it costs the answers under way, not the service.
+    Path("/proc/self/oom_score_adj").write_text(_FIRST_TO_GO)
     threading.stack_size(_THREAD_STACK_BYTES)
     if os.getppid() != parent_pid:
         return

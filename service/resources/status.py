@@ -30,6 +30,8 @@ class ReadyResource:
         reason = generator.unready_reason()
         running, waiting = generator.scheduler.counts()
         phase = "draining" if generator.scheduler.draining else generator.engine.state.phase
+        if generator.find_problem():
+            phase = "failed"
         speed = generator.scheduler.speed.tokens_per_second()
         document: dict[str, Any] = {
             "status": phase,
@@ -60,16 +62,18 @@ class MetricsResource:
 
 
 class VersionResource:
-    """``GET /version``: service, engine and model; the model is null until it was loaded once."""
+    """``GET /version``: service, image, engine and model; the model is null until it was loaded once."""
 
-    def __init__(self, generator: Generator):
-        self._generator = generator
+    def __init__(self, generator: Generator, image: dict[str, str] | None):
+        """``image`` is what the node was baked as, None elsewhere."""
+        self._generator, self._image = generator, image
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         description = self._generator.engine.describe()
         document: dict[str, Any] = {
             "service": "mini-llm",
             "version": __version__,
+            "image": self._image,
             "keys_required": self._generator.settings.keys_required,
             "engine": None,
             "model": None,

@@ -18,7 +18,7 @@ from service.access import Access
 from service.accounts import Log
 from service.app import create_app
 from service.engine.process import EngineState
-from service.errors import AuditUnwritable, StateUnwritable
+from service.errors import AuditUnwritable, SettingsInvalid, StateUnwritable
 from service.generation import Generator
 from service.keys import KeyFile, Limits, add_key
 from service.limits import Limiter
@@ -588,3 +588,29 @@ def test_ready_tells_speed_and_wait(bench: Bench) -> None:
     ready = bench.client.simulate_get("/ready").json
     assert 20 < ready["tokens_per_second"] <= 100
     assert ready["predicted_wait_s"] == 0
+
+
+def test_a_node_with_a_problem_serves_nothing_and_says_why(tmp_path: Path) -> None:
+    """As long as its file is there; whoever wrote it says when it is over."""
+    problem = tmp_path / "problem"
+    bench = Bench(problem_file=problem)
+    assert bench.client.simulate_get("/ready").status_code == 200
+    problem.write_text("api_keys: is missing\n")
+    ready = bench.client.simulate_get("/ready")
+    assert (ready.status_code, ready.json["status"], ready.json["reason"]) == (503, "failed", "api_keys: is missing")
+    refused = bench.post({"prompt": "say x"})
+    assert assert_problem(refused, 503, "node-problem")["detail"] == "api_keys: is missing"
+    problem.unlink()
+    assert bench.post({"prompt": "say x"}).status_code == 200
+
+
+def test_a_baked_node_tells_its_image(tmp_path: Path) -> None:
+    """Elsewhere there is none; a description that cannot be read is told at start."""
+    assert Bench().client.simulate_get("/version").json["image"] is None
+    described = tmp_path / "image.json"
+    described.write_text('{"version": "1.2", "baked": "2026-11-26T09:00:00+00:00", "model": {}}')
+    shown = Bench(image_file=described).client.simulate_get("/version").json["image"]
+    assert shown == {"version": "1.2", "baked": "2026-11-26T09:00:00+00:00"}
+    described.write_text("[]")
+    with pytest.raises(SettingsInvalid, match="LLM_IMAGE_FILE"):
+        Bench(image_file=described)
