@@ -39,7 +39,7 @@ table inet {table} {{
     }}
     chain outside {{
         type filter hook forward priority filter
-        iifname @cut_off oifname "{uplink}" ct direction original drop
+        iifname @cut_off oifname "{uplink}" ct direction original counter drop
     }}
 }}
 """

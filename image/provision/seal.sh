@@ -1,0 +1,51 @@
+#!/bin/sh
+# After the layers: forgets who baked, and leaves what a server's first boot expects. The snapshot is taken right after.
+set -eu
+
+forget_downloads() {
+    apt-get clean
+    rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin /var/cache/debconf/*-old /root/.cache
+}
+
+forget_extra_authority() {
+    [ -e /usr/local/share/ca-certificates/bake.crt ] || return 0
+    rm /usr/local/share/ca-certificates/bake.crt
+    update-ca-certificates --fresh >/dev/null 2>&1
+}
+
+# Host keys, machine-id and cloud-init's memory are made anew by each server.
+forget_identity() {
+    rm -f /etc/ssh/ssh_host_* /root/.ssh/authorized_keys /root/.bash_history /root/.python_history /root/.lesshst
+    rm -f /etc/hostname /var/lib/systemd/random-seed /var/lib/systemd/credential.secret /var/lib/dbus/machine-id
+    cloud-init clean --logs --machine-id --seed --configs all
+}
+
+forget_logs() {
+    journalctl --quiet --relinquish-var # from here on it writes to memory
+    rm -rf /var/log/journal/* /var/log/apt /var/log/unattended-upgrades
+    find /var/log -type f -delete
+    find /var/tmp -mindepth 1 -delete
+}
+
+# Otherwise the first boot builds caches again that were just built.
+mark_caches_fresh() {
+    for directory in /etc /var; do
+        printf '# Caches are as new as /usr.\nTIMESTAMP_NSEC=%s\n' "$(date --reference=/usr +%s%N)" > "$directory/.updated"
+        touch --reference=/usr "$directory/.updated"
+    done
+}
+
+# What is free must be zero or unmapped, or the snapshot holds it; and all must be on the disk, for Hetzner copies it
+# while this server still goes down.
+give_blocks_back() {
+    sync
+    fstrim / 2>/dev/null || true # a container's disk has none to give back
+    sync
+}
+
+forget_downloads
+forget_extra_authority
+forget_identity
+forget_logs
+mark_caches_fresh
+give_blocks_back

@@ -1,0 +1,56 @@
+"""Integration tests of the image: one bake for all of them."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hcloud.images import BoundImage
+from hcloud.ssh_keys import BoundSSHKey
+
+from tests.image.harness import Node, bake, cut_off, node
+from tests.local_cloud.conftest import host, key  # noqa: F401 - fixtures
+from tests.local_cloud.harness import LocalCloud, running_cloud
+from tests.programs import ProgramMissing
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "tests/image" in str(item.path):
+            item.add_marker(pytest.mark.integration)
+            item.add_marker(pytest.mark.timeout(1200))
+
+
+@pytest.fixture(scope="session")
+def cloud(host: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCloud]:  # noqa: F811
+    """A local cloud with what Packer's plugin of 2022 needs."""
+    folder = tmp_path_factory.mktemp("image")
+    arguments = ("--old-clients", "--requests-per-hour", "100000")
+    with running_cloud(folder, *arguments, addresses="198.19.8.0/24") as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def image(cloud: LocalCloud, tmp_path_factory: pytest.TempPathFactory) -> BoundImage:
+    """The snapshot of a whole bake, all layers on one server; from here on nobody reaches the outside."""
+    try:
+        made = bake(cloud, tmp_path_factory.mktemp("packer"), image_version="test-1")
+    except ProgramMissing as error:
+        if os.environ.get("CI"):
+            raise  # there it must run
+        pytest.skip(f"did not run: {error}")
+    cut_off(cloud, "*")
+    return made
+
+
+@pytest.fixture(scope="session")
+def known(cloud: LocalCloud, key: Path) -> BoundSSHKey:  # noqa: F811
+    return cloud.client().ssh_keys.create("known", key.with_suffix(".pub").read_text())
+
+
+@pytest.fixture(scope="module")
+def served(cloud: LocalCloud, image: BoundImage, known: BoundSSHKey, key: Path) -> Iterator[Node]:  # noqa: F811
+    """A node that serves."""
+    with node(cloud.client(), image, known, key) as made:
+        made.wait_ready()
+        yield made

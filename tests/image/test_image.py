@@ -1,0 +1,204 @@
+"""The image on the local cloud: baked by Packer, booted cut off from the outside, served, attacked, broken."""
+
+import json
+import shlex
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from hcloud.images import BoundImage
+from hcloud.ssh_keys import BoundSSHKey
+
+from scripts.local_cloud.machines.network import tag_of
+from tests.image.harness import ROOT, Node, bake, node, packer
+from tests.image.scripts import load_script
+from tests.local_cloud.harness import LocalCloud, traces
+from tests.programs import ProgramMissing
+
+PROBE = Path(__file__).with_name("probe.py")
+# The same unit, with another program in the service's place.
+PROBE_UNIT = """[Service]
+Type=oneshot
+ExecStart=
+ExecStart=/usr/bin/python3 -I /usr/share/probe.py
+ExecStop=
+Restart=no
+StandardOutput=truncate:/run/probe.json
+"""
+
+
+def test_the_template_is_valid_and_formatted(tmp_path: Path) -> None:
+    """Without a cloud; wrong values are refused with what would be right."""
+    environment = {"HCLOUD_TOKEN": "local", "PATH": "/usr/bin:/bin"}
+    try:
+        packer(tmp_path, environment, "validate", "image")
+    except ProgramMissing as error:
+        pytest.skip(f"did not run: {error}")
+    packer(tmp_path, environment, "fmt", "-check", "image")
+    for variable, message in (
+        ("model=Bad Name", "must be a name of service/models.json"),
+        ("first_layer=top", "must be model, base or service"),
+        ("from_image=debian", "must be the id of a snapshot"),
+    ):
+        with pytest.raises(AssertionError, match=message):
+            packer(tmp_path, environment, "validate", f"-var={variable}", "image")
+
+
+def test_the_snapshot_holds_nothing_of_who_baked(cloud: LocalCloud, image: BoundImage) -> None:
+    """No key, identity, log, list or cache; nothing beside the model that a node does not need."""
+    disk = cloud.state / "pool" / "images" / str(image.id)
+    assert load_script("rootfs/usr/lib/mini-llm/audit_image.py").audit(disk) == []
+    assert image.labels["version"] == "test-1"
+    assert image.labels["layer"] == "service"
+    assert cloud.client().ssh_keys.get_all(label_selector="!kept", name="packer") == []
+    parts = subprocess.run(
+        ["du", "-sm", disk, *(disk / part for part in ("usr", "var", "opt/mini-llm/venv", "opt/mini-llm/models"))],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    print(f"size in MB by component:\n{parts}")
+    assert image.image_size < 1.2
+    assert list(disk.glob("opt/mini-llm/venv/**/*cuda*")) == []
+
+
+def test_it_serves_without_the_outside(cloud: LocalCloud, served: Node) -> None:
+    """Cut off from its first moment: ready, a generation by its key, streamed too; a wrong key is refused."""
+    status, answer = served.ask("/generate", {"prompt": "How do I run the tests?", "temperature": 0})
+    assert status == 200, answer
+    assert "make test" in json.loads(answer)["response"]
+    status, stream = served.ask("/generate", {"prompt": "How do I run the tests?", "stream": True}, more="-N")
+    assert status == 200
+    assert stream.count("data: ") > 3
+    assert served.ask("/generate", {"prompt": "x"}, key="mllm_" + "0" * 32)[0] == 401
+    version = json.loads(served.ask("/version")[1])
+    assert version["image"]["version"] == "test-1"
+    assert "llm_cost_eur_total" in served.ask("/metrics")[1]
+    assert json.loads(served.run("cat /var/lib/mini-llm-node/image_audit.json")) == {"findings": []}
+    assert served.run("systemctl --failed --no-legend").strip() == ""
+    # When memory ends the engine goes first, and the model's pages last.
+    assert served.run("cat /proc/$(pgrep -f service.engine.worker)/oom_score_adj").strip() == "800"
+    kept = served.run("systemctl show -P MemoryMin model.slice; stat -c %s /opt/mini-llm/models/*.gguf").split()
+    assert kept[0] == kept[1]
+    # The way out counts what it drops: the node has asked for nothing out there.
+    tag = tag_of(cloud.state)
+    rules = subprocess.run(
+        ["ip", "netns", "exec", f"mlc-{tag}", "nft", "list", "chain", "inet", f"mlc_{tag}", "outside"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "counter packets 0 bytes 0 drop" in rules, rules
+
+
+def test_every_ban_of_the_unit_holds(cloud: LocalCloud, image: BoundImage, known: BoundSSHKey, key: Path) -> None:
+    """Each is tried from inside; by root outside the unit most are possible, so the attempts themselves are sound."""
+    with node(cloud.client(), image, known, key) as own:
+        own.wait_ready()
+        assert float(own.run("systemd-analyze security mini-llm --no-pager | tail -1").split()[-3]) <= 2.0
+        program = shlex.quote(PROBE.read_text())
+        own.run(f"printf %s {program} > /usr/share/probe.py")
+        own.run(f"mkdir -p /etc/systemd/system/mini-llm.service.d; printf %s {shlex.quote(PROBE_UNIT)} "
+                "> /etc/systemd/system/mini-llm.service.d/probe.conf; systemctl daemon-reload")
+        own.run("systemctl stop mini-llm.socket mini-llm.service; systemctl start mini-llm.service")
+        seen = json.loads(own.run("cat /run/probe.json"))
+        outside = json.loads(own.run("python3 -I /usr/share/probe.py"))
+    assert len(seen) > 40
+    assert {name: what for name, what in seen.items() if what != "refused"} == {}
+    also_refused = sorted(name for name, what in outside.items() if what == "refused")
+    print(f"refused to root as well, so that the unit's ban shows nothing here: {', '.join(also_refused)}")
+    assert len(also_refused) < len(seen) / 2
+
+
+def test_what_is_open_and_who_may_log_in(served: Node) -> None:
+    """22, 80 and 443 alone; by key alone."""
+    closed, filtered = [], []
+    for port in (*range(20, 26), 53, 80, 111, 443, 3000, 8080, 9090, 9093, 9100):
+        with socket.socket() as client:
+            client.settimeout(0.3)
+            try:
+                client.connect((served.address, port))
+            except ConnectionRefusedError:
+                closed.append(port)
+            except TimeoutError:
+                filtered.append(port)
+    assert closed == [80, 443]  # let through, and nobody listens there yet
+    assert filtered == [20, 21, 23, 24, 25, 53, 111, 3000, 8080, 9090, 9093, 9100]
+    options = ["StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "PubkeyAuthentication=no", "BatchMode=yes"]
+    words = [word for option in options for word in ("-o", option)]
+    done = subprocess.run(
+        ["ssh", *words, f"root@{served.address}", "true"], capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == 255
+    assert "Permission denied (publickey)" in done.stderr
+    # Only root itself may ask the metadata service, which holds the user-data.
+    ask = "curl -s -m 2 -o /dev/null -w '%{http_code}' http://169.254.169.254/hetzner/v1/userdata || true"
+    assert served.run(ask).strip() == "200"
+    assert served.run(f"setpriv --reuid mini-llm --clear-groups sh -c {shlex.quote(ask)}").strip() == "000"
+
+
+def test_wrong_facts_are_told_and_nothing_is_served(
+    cloud: LocalCloud, image: BoundImage, known: BoundSSHKey, key: Path
+) -> None:
+    """At /ready and on the console; root still gets in."""
+    with node(cloud.client(), image, known, key, facts="api_keys: [{name: a, sha256: oops}]") as own:
+        expected = "api_keys[0].sha256: must be the key's SHA-256"
+        end_s = time.monotonic() + 30
+        while (answer := own.run("curl -s http://127.0.0.1:8080/ready")) and expected not in answer:
+            assert time.monotonic() < end_s, answer
+            time.sleep(0.2)
+        assert own.ask("/generate", {"prompt": "x"})[0] in (401, 503)
+        console = (cloud.state / "consoles" / f"{own.server.id}.log").read_text(errors="replace")
+        assert f"this node does not serve: {expected}" in console
+
+
+def test_it_serves_again_after_whatever_happens(served: Node) -> None:
+    """A killed engine, a killed service, a power cut in the middle of an answer, a reboot."""
+    for end in ("pkill -9 -f service.engine.worker", "systemctl kill -s KILL mini-llm"):
+        served.run(end)
+        time.sleep(0.5)
+        served.wait_ready()
+    body = json.dumps({"prompt": "Tell me all", "max_tokens": 900, "temperature": 1.5})
+    served.run(
+        f"nohup curl -s -H 'Authorization: Bearer {served.api_key}' -H 'Content-Type: application/json' "
+        f"-d {shlex.quote(body)} http://127.0.0.1:8080/generate > /dev/null 2>&1 & sleep 0.3"
+    )
+    for restart in (served.server.reset, served.server.reboot):
+        restart().wait_until_finished()
+        served.wait_ready()
+        assert served.ask("/generate", {"prompt": "How do I run the tests?"})[0] == 200
+    assert "whole" in served.run(
+        "cd /opt/mini-llm && set -a && . /etc/mini-llm/service.env && setpriv --reuid mini-llm --regid mini-llm "
+        "--clear-groups env HOME=/nonexistent venv/bin/python -m service audit verify"
+    )
+
+
+def test_the_service_alone_is_baked_on_top_of_a_snapshot(
+    cloud: LocalCloud, image: BoundImage, known: BoundSSHKey, key: Path, tmp_path: Path
+) -> None:
+    """Its layer starts from a snapshot that has those before it, needs nothing from outside, and serves."""
+    begun_s = time.monotonic()
+    again = bake(cloud, tmp_path, image_version="test-2", first_layer="service", from_image=str(image.id))
+    print(f"the layer of the service alone took {time.monotonic() - begun_s:.0f} s")
+    with node(cloud.client(), again, known, key) as own:
+        own.wait_ready()
+        assert json.loads(own.ask("/version")[1])["image"]["version"] == "test-2"
+
+
+def test_user_data_is_as_cloud_init_wants_it(served: Node) -> None:
+    """Each example, by cloud-init's own schema; a wrong one shows that it looks."""
+    for path in sorted((ROOT / "cloud-init").glob("*.yaml")):
+        told = shlex.quote(path.read_text())
+        served.run(f"printf %s {told} > /run/user-data.yaml && cloud-init schema -c /run/user-data.yaml")
+    with pytest.raises(AssertionError, match="Invalid"):
+        served.run("printf '#cloud-config\\nwrite_files: 5\\n' > /run/wrong.yaml; cloud-init schema -c /run/wrong.yaml")
+
+
+def test_nothing_is_left_by_the_bakes(cloud: LocalCloud, image: BoundImage) -> None:
+    """Neither Packer's servers nor its keys."""
+    client = cloud.client()
+    assert [one.name for one in client.servers.get_all() if "bake" in one.name] == []
+    assert [one.name for one in client.ssh_keys.get_all()] == ["known"]
+    assert traces(cloud.state) != {}

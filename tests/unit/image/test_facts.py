@@ -1,0 +1,112 @@
+"""What a node makes of the facts in its user-data: files for the service, or one clear line for each mistake."""
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+import yaml
+
+from service.keys import read_keys
+from tests.image.scripts import ROOT, load_script
+
+facts = load_script("rootfs/usr/lib/mini-llm/facts.py")
+SCHEMA = ROOT / "cloud-init" / "facts.schema.json"
+HASH = "0123456789abcdef" * 4
+KEY = f"{{name: a, sha256: {HASH}"
+
+
+def check(tmp_path: Path, text: str | bytes | None) -> tuple[int, Path]:
+    """The exit code, and the folder with what was written."""
+    path, out = tmp_path / "facts.yaml", tmp_path / "out"
+    out.mkdir(exist_ok=True)
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return facts.main(path, out, SCHEMA), out
+
+
+def test_the_example_becomes_keys_and_settings(tmp_path: Path) -> None:
+    """The service reads the keys as they were meant, and only its group may."""
+    example = yaml.safe_load((ROOT / "cloud-init" / "node.yaml").read_text())
+    [file] = example["write_files"]
+    assert (file["path"], file["permissions"]) == ("/etc/mini-llm/facts.yaml", "0600")
+    code, out = check(tmp_path, file["content"])
+    assert code == 0
+    first, monitor = read_keys(out / "keys.json")
+    assert (first.name, first.scopes, first.limits.tokens_per_day) == ("first", frozenset({"generate"}), 200_000)
+    assert (monitor.scopes, monitor.expires) == (frozenset({"metrics"}), datetime(2027, 12, 31, tzinfo=UTC))
+    assert (out / "node.env").read_text() == "LLM_PRICE_EUR_PER_HOUR=0.0136\n"
+    assert (out / "keys.json").stat().st_mode & 0o777 == 0o640
+    assert sorted(path.name for path in out.iterdir()) == ["keys.json", "node.env"]
+
+
+def test_a_key_without_scopes_may_generate(tmp_path: Path) -> None:
+    """The least that is needed; a price is not."""
+    code, out = check(tmp_path, f"api_keys: [{KEY}}}]\n")
+    assert code == 0
+    assert read_keys(out / "keys.json")[0].scopes == frozenset({"generate"})
+    assert (out / "node.env").read_text() == ""
+
+
+WRONG = [
+    (None, "is missing: write it with write_files"),
+    ("", "facts: must be names with values"),
+    ("[]", "facts: must be names with values"),
+    ("api_keys: [", "is not YAML: "),
+    (b"api_keys: \xff", "is not UTF-8: byte 10"),
+    ("api_keys: !!python/object:os.system {}", "is not YAML: could not determine a constructor"),
+    ("a" * 40_000, "is longer than 32768 bytes"),
+    ("{}", "facts: api_keys is missing"),
+    ("api_keys: []", "api_keys: who may use the service, at least one"),
+    ("api_keys: {}", "api_keys: must be a list"),
+    ("api_keys: [x]", "api_keys[0]: must be names with values"),
+    (f"api_key: [{KEY}}}]", "facts: 'api_key' is not known here; known are api_keys, price_eur_per_hour"),
+    ("api_keys: [{name: a}]", "api_keys[0]: sha256 is missing"),
+    (f"api_keys: [{{sha256: {HASH}}}]", "api_keys[0]: name is missing"),
+    (f"api_keys: [{{name: a b, sha256: {HASH}}}]", "api_keys[0].name: must be 1 to 64 letters"),
+    ("api_keys: [{name: a, sha256: mllm_secret}]", "api_keys[0].sha256: must be the key's SHA-256"),
+    (f"api_keys: [{KEY}, scopes: [root]}}]", "api_keys[0].scopes[0]: must be generate, metrics or admin"),
+    (f"api_keys: [{KEY}, scopes: generate}}]", "api_keys[0].scopes: must be a list"),
+    (f"api_keys: [{KEY}, expires: soon}}]", "api_keys[0].expires: must be a time with its zone"),
+    (f"api_keys: [{KEY}, expires: 2027-01-31}}]", "api_keys[0].expires: must be a time with its zone"),
+    (f"api_keys: [{KEY}, limits: {{parallel: 0}}}}]", "api_keys[0].limits.parallel: must be a whole number above 0"),
+    (f"api_keys: [{KEY}, limits: {{paralel: 1}}}}]", "api_keys[0].limits: 'paralel' is not known here"),
+    (f"api_keys: [{KEY}}}, {KEY}}}]", "api_keys: two of them have the same name"),
+    (f"api_keys: [{KEY}}}]\nprice_eur_per_hour: cheap", "price_eur_per_hour: must be a number"),
+    (f"api_keys: [{KEY}}}]\nprice_eur_per_hour: -1", "price_eur_per_hour: must be a number from 0 to 10000"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), WRONG, ids=[message[:50] for _, message in WRONG])
+def test_wrong_facts_are_told_and_nothing_else_is_written(
+    tmp_path: Path, text: str | bytes | None, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the console and in the problem file; what an earlier start had written is gone."""
+    check(tmp_path, f"api_keys: [{KEY}}}]\n")
+    if text is None:
+        (tmp_path / "facts.yaml").unlink()
+    capsys.readouterr()
+    code, out = check(tmp_path, text)
+    assert code == 1
+    assert [path.name for path in out.iterdir()] == ["problem"]
+    assert message in (out / "problem").read_text().splitlines()[0]
+    assert message in capsys.readouterr().out
+
+
+def test_a_key_that_stands_where_its_hash_should_is_not_repeated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The console and /ready are read by others than the key's owner."""
+    _, out = check(tmp_path, "api_keys: [{name: a, sha256: mllm_secret}]")
+    assert "mllm_secret" not in (out / "problem").read_text() + capsys.readouterr().out
+
+
+def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
+    """One boot is enough to know them all."""
+    _, out = check(tmp_path, "api_keys: [{name: a b, sha256: 1}]\nprice_eur_per_hour: x\nmore: 1\n")
+    assert len((out / "problem").read_text().splitlines()) == 4
+
+
+def test_the_schema_is_one() -> None:
+    """And knows nothing that its own rules would pass over."""
+    facts.jsonschema.Draft202012Validator.check_schema(json.loads(SCHEMA.read_text()))
