@@ -12,10 +12,10 @@ packer {
 }
 
 locals {
-  pins = jsondecode(file("pins.json")) # this function alone looks beside the template by itself
+  pins = jsondecode(file(var.pins_file)) # this function alone looks beside the template by itself
 
   # From the rarest to change to the most frequent; each needs those before it.
-  all_layers = ["model", "base", "service"]
+  all_layers = ["model", "base", "stack", "service"]
   first      = index(local.all_layers, var.first_layer)
   last       = index(local.all_layers, var.last_layer)
   layers     = slice(local.all_layers, local.first, local.last + 1)
@@ -65,6 +65,7 @@ build {
     )
     environment_vars = [
       "UPLOADS=${local.uploads}",
+      "IMAGES=${join(" ", [for name, pin in local.pins.images : "${name}=${pin.image}@${pin.digest}"])}",
       "IMAGE_VERSION=${var.image_version}",
       "MODEL=${var.model_file == "" ? var.model : "${local.uploads}/${basename(var.model_file)}"}",
       "EXTRA_CA=${var.extra_ca_file == "" ? "" : "${local.uploads}/${basename(var.extra_ca_file)}"}",

@@ -34,11 +34,11 @@ variable "model_file" {
 variable "first_layer" {
   type        = string
   default     = "model"
-  description = "The first layer to bake: model, base or service."
+  description = "The first layer to bake: model, base, stack or service."
 
   validation {
-    condition     = contains(["model", "base", "service"], var.first_layer)
-    error_message = "The first_layer must be model, base or service."
+    condition     = contains(["model", "base", "stack", "service"], var.first_layer)
+    error_message = "The first_layer must be model, base, stack or service."
   }
 }
 
@@ -48,8 +48,8 @@ variable "last_layer" {
   description = "The last layer to bake; the snapshot of an inner layer is what a later bake starts from."
 
   validation {
-    condition     = contains(["model", "base", "service"], var.last_layer)
-    error_message = "The last_layer must be model, base or service."
+    condition     = contains(["model", "base", "stack", "service"], var.last_layer)
+    error_message = "The last_layer must be model, base, stack or service."
   }
 }
 
@@ -97,4 +97,10 @@ variable "extra_ca_file" {
   type        = string
   default     = ""
   description = "A PEM file of certificate authorities to trust while baking, for networks that inspect TLS; not kept."
+}
+
+variable "pins_file" {
+  type        = string
+  default     = "pins.json"
+  description = "What is pinned; another file, by its absolute path, is for registries of your own."
 }

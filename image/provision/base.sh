@@ -11,6 +11,9 @@ install_packages() {
     apt-get -qq -y -o Dpkg::Use-Pty=0 install --no-install-recommends \
         ca-certificates \
         curl \
+        docker-cli \
+        docker-compose \
+        docker.io \
         nftables \
         openssh-server \
         python3 \

@@ -4,6 +4,7 @@ import hashlib
 import json
 import secrets
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,10 +19,13 @@ from hcloud.server_types import ServerType
 from hcloud.servers import BoundServer
 from hcloud.ssh_keys import BoundSSHKey
 
-from tests.local_cloud.harness import TOKEN, LocalCloud, ssh
-from tests.programs import PACKER, PACKER_PLUGIN_HCLOUD, obtain
+from scripts.local_cloud.machines.network import tag_of, transfer_addresses
+from tests.image.registry import make_certificate, running_registry
+from tests.local_cloud.harness import TOKEN, LocalCloud, free_port, ssh
+from tests.programs import PACKER, PACKER_PLUGIN_HCLOUD, TRAEFIK, obtain
 
 ROOT = Path(__file__).resolve().parents[2]
+DOMAIN = "llm.test"
 _BAKE_TIMEOUT_S = 900
 # Where an index is reached through a network that inspects TLS, its authority stands among the host's.
 _HOST_AUTHORITIES = Path("/etc/ssl/certs/ca-certificates.crt")
@@ -41,11 +45,19 @@ def packer(folder: Path, environment: dict[str, str], *words: str) -> str:
 
 
 def bake(cloud: LocalCloud, folder: Path, **variables: str) -> BoundImage:
-    """Bakes with these variables of the template; the snapshot."""
-    words = [f"-var={name}={value}" for name, value in variables.items()]
-    if _HOST_AUTHORITIES.exists():
-        words.append(f"-var=extra_ca_file={_HOST_AUTHORITIES}")
-    packer(folder, cloud.environment, "build", "-color=false", *words, "image")
+    """Bakes with these variables of the template, and container images from a registry of our own; the snapshot."""
+    host, _ = transfer_addresses(tag_of(cloud.state))  # where servers reach this host
+    with running_registry(folder, host, free_port()) as registry:
+        pins = json.loads((ROOT / "image" / "pins.json").read_text())
+        for name, program in {"traefik": TRAEFIK}.items():
+            digest = registry.push_program(name, obtain(program))
+            pins["images"][name] = {"image": f"{registry.address}/{name}", "version": program.version, "digest": digest}
+        (folder / "pins.json").write_text(json.dumps(pins))
+        authorities = folder / "authorities.crt"
+        authorities.write_text(_HOST_AUTHORITIES.read_text() + registry.authority.read_text())
+        words = [f"-var={name}={value}" for name, value in variables.items()]
+        words += [f"-var=pins_file={folder / 'pins.json'}", f"-var=extra_ca_file={authorities}"]
+        packer(folder, cloud.environment, "build", "-color=false", *words, "image")
     return cloud.client().images.get_all(type="snapshot", sort="id:desc")[0]
 
 
@@ -57,19 +69,30 @@ class Node:
     address: str
     key_file: Path
     api_key: str
+    authority: Path  # of its certificate, which it brought itself
 
     def run(self, command: str) -> str:
+        """What a command on the node prints."""
         return ssh(self.key_file, self.address, command)
 
+    def curl(self, path: str, *words: str, scheme: str = "https") -> tuple[int, str]:
+        """Status and body of a request to the node by its name, from outside; 0 where nobody answers."""
+        options = ["-s", "--max-time", "60", "-w", "\n%{http_code}", "--cacert", str(self.authority)]
+        options += [word for port in (80, 443) for word in ("--resolve", f"{DOMAIN}:{port}:{self.address}")]
+        done = subprocess.run(
+            ["curl", *options, *words, f"{scheme}://{DOMAIN}{path}"], capture_output=True, text=True, timeout=90
+        )
+        body, _, status = done.stdout.rpartition("\n")
+        return int(status), body
+
     def ask(
-        self, path: str, body: dict[str, Any] | None = None, key: str | None = None, more: str = ""
+        self, path: str, body: dict[str, Any] | None = None, key: str | None = None, *words: str
     ) -> tuple[int, str]:
-        """Status and body of a request made on the node itself; nothing else reaches the service yet."""
-        words = f"curl -s {more} -w '\\n%{{http_code}}' -H 'Authorization: Bearer {key or self.api_key}'"
+        """Status and body of a request with a key."""
+        more = ["-H", f"Authorization: Bearer {key or self.api_key}", *words]
         if body is not None:
-            words += f" -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
-        answer, _, status = self.run(f"{words} http://127.0.0.1:8080{path}").rpartition("\n")
-        return int(status), answer
+            more += ["-H", "Content-Type: application/json", "-d", json.dumps(body)]
+        return self.curl(path, *more)
 
     def wait_ready(self, patience_s: float = 60.0) -> dict[str, Any]:
         """What /ready says once it is ready."""
@@ -93,23 +116,35 @@ def facts_file(content: str) -> str:
 def node(
     client: Client, image: BoundImage | Image, known: BoundSSHKey, key_file: Path, facts: str | None = None
 ) -> Iterator[Node]:
-    """A node with one API key, or with the facts given; deleted afterwards."""
+    """A node with one API key and a certificate of its own, or with the facts given; deleted afterwards."""
     api_key = f"mllm_{secrets.token_hex(16)}"
-    digest = hashlib.sha256(api_key.encode()).hexdigest()
-    right = f"api_keys: [{{name: first, sha256: {digest}, scopes: [generate, metrics]}}]\nprice_eur_per_hour: 0.0136\n"
-    made = client.servers.create(
-        f"node-{secrets.token_hex(3)}",
-        ServerType(name="cx23"),
-        image,
-        ssh_keys=[known],
-        user_data=facts_file(right if facts is None else facts),
-    )
-    try:
-        for action in (made.action, *made.next_actions):
-            action.wait_until_finished()
-        yield Node(made.server, str(made.server.public_net.ipv4.ip), key_file, api_key)
-    finally:
-        made.server.delete().wait_until_finished()
+    with tempfile.TemporaryDirectory() as folder:
+        chain, secret = make_certificate(Path(folder), f"DNS:{DOMAIN}")
+        right = {
+            "domain": DOMAIN,
+            "certificate": {"chain": chain.read_text(), "key": secret.read_text()},
+            "api_keys": [
+                {
+                    "name": "first",
+                    "sha256": hashlib.sha256(api_key.encode()).hexdigest(),
+                    "scopes": ["generate", "metrics"],
+                }
+            ],
+            "price_eur_per_hour": 0.0136,
+        }
+        made = client.servers.create(
+            f"node-{secrets.token_hex(3)}",
+            ServerType(name="cx23"),
+            image,
+            ssh_keys=[known],
+            user_data=facts_file(json.dumps(right) if facts is None else facts),
+        )
+        try:
+            for action in (made.action, *made.next_actions):
+                action.wait_until_finished()
+            yield Node(made.server, str(made.server.public_net.ipv4.ip), key_file, api_key, chain)
+        finally:
+            made.server.delete().wait_until_finished()
 
 
 def cut_off(cloud: LocalCloud, *names: str) -> None:

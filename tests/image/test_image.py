@@ -39,7 +39,7 @@ def test_the_template_is_valid_and_formatted(tmp_path: Path) -> None:
     packer(tmp_path, environment, "fmt", "-check", "image")
     for variable, message in (
         ("model=Bad Name", "must be a name of service/models.json"),
-        ("first_layer=top", "must be model, base or service"),
+        ("first_layer=top", "must be model, base, stack or service"),
         ("from_image=debian", "must be the id of a snapshot"),
     ):
         with pytest.raises(AssertionError, match=message):
@@ -69,17 +69,19 @@ def test_it_serves_without_the_outside(cloud: LocalCloud, served: Node) -> None:
     status, answer = served.ask("/generate", {"prompt": "How do I run the tests?", "temperature": 0})
     assert status == 200, answer
     assert "make test" in json.loads(answer)["response"]
-    status, stream = served.ask("/generate", {"prompt": "How do I run the tests?", "stream": True}, more="-N")
+    status, stream = served.ask("/generate", {"prompt": "How do I run the tests?", "stream": True})
     assert status == 200
     assert stream.count("data: ") > 3
     assert served.ask("/generate", {"prompt": "x"}, key="mllm_" + "0" * 32)[0] == 401
     version = json.loads(served.ask("/version")[1])
     assert version["image"]["version"] == "test-1"
-    assert "llm_cost_eur_total" in served.ask("/metrics")[1]
+    assert "llm_cost_eur_total" in served.run(
+        f"curl -s -H 'Authorization: Bearer {served.api_key}' http://127.0.0.1:8080/metrics"
+    )
     assert json.loads(served.run("cat /var/lib/mini-llm-node/image_audit.json")) == {"findings": []}
     assert served.run("systemctl --failed --no-legend").strip() == ""
     # When memory ends the engine goes first, and the model's pages last.
-    assert served.run("cat /proc/$(pgrep -f service.engine.worker)/oom_score_adj").strip() == "800"
+    assert served.run("cat /proc/$(pgrep -f '[s]ervice.engine.worker')/oom_score_adj").strip() == "800"
     kept = served.run("systemctl show -P MemoryMin model.slice; stat -c %s /opt/mini-llm/models/*.gguf").split()
     assert kept[0] == kept[1]
     # The way out counts what it drops: the node has asked for nothing out there.
@@ -91,6 +93,34 @@ def test_it_serves_without_the_outside(cloud: LocalCloud, served: Node) -> None:
         check=True,
     ).stdout
     assert "counter packets 0 bytes 0 drop" in rules, rules
+
+
+def test_the_proxy(served: Node) -> None:
+    """HTTP leads to HTTPS, the metrics stay inside, headers protect, and no secret gets into its log."""
+    status, _ = served.curl("/generate", "-o", "/dev/null", scheme="http")
+    assert status in (301, 308)
+    assert served.ask("/metrics")[0] == 404
+    status, headers = served.ask("/health", None, None, "-D", "-", "-o", "/dev/null")
+    assert status == 200
+    lines = {line.partition(":")[0].lower(): line.partition(":")[2].strip() for line in headers.splitlines()}
+    assert lines["strict-transport-security"] == "max-age=31536000"
+    assert lines["x-content-type-options"] == "nosniff"
+    assert "server" not in lines
+    served.ask("/health?secret=in-the-query")
+    log = served.run("journalctl --no-pager -o cat CONTAINER_NAME=mini-llm-traefik-1")
+    assert "RouterName" in log
+    assert "in-the-query" not in log
+    assert served.api_key not in log
+    state = json.loads(served.run("docker inspect mini-llm-traefik-1"))[0]
+    host = state["HostConfig"]
+    assert (host["ReadonlyRootfs"], host["CapDrop"], host["Privileged"]) == (True, ["ALL"], False)
+    assert host["SecurityOpt"] == ["no-new-privileges:true"]
+    assert state["Config"]["User"] == "801:801"
+    assert "docker.sock" not in json.dumps(host)
+    assert served.run("grep -h CapEff /proc/$(pgrep -x traefik)/status").split()[1] == "0" * 16
+    # The service sees who asked, not the proxy.
+    audited = served.run("tail -n 3 /var/lib/mini-llm/audit/*.jsonl")
+    assert '"127.0.0.1"' not in audited
 
 
 def test_every_ban_of_the_unit_holds(cloud: LocalCloud, image: BoundImage, known: BoundSSHKey, key: Path) -> None:
@@ -114,18 +144,17 @@ def test_every_ban_of_the_unit_holds(cloud: LocalCloud, image: BoundImage, known
 
 def test_what_is_open_and_who_may_log_in(served: Node) -> None:
     """22, 80 and 443 alone; by key alone."""
-    closed, filtered = [], []
-    for port in (*range(20, 26), 53, 80, 111, 443, 3000, 8080, 9090, 9093, 9100):
+    opened, filtered = [], []
+    for port in (*range(20, 26), 53, 80, 111, 443, 3000, 8080, 8082, 9090, 9093, 9100):
         with socket.socket() as client:
             client.settimeout(0.3)
             try:
                 client.connect((served.address, port))
-            except ConnectionRefusedError:
-                closed.append(port)
+                opened.append(port)
             except TimeoutError:
                 filtered.append(port)
-    assert closed == [80, 443]  # let through, and nobody listens there yet
-    assert filtered == [20, 21, 23, 24, 25, 53, 111, 3000, 8080, 9090, 9093, 9100]
+    assert opened == [22, 80, 443]
+    assert filtered == [20, 21, 23, 24, 25, 53, 111, 3000, 8080, 8082, 9090, 9093, 9100]
     options = ["StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "PubkeyAuthentication=no", "BatchMode=yes"]
     words = [word for option in options for word in ("-o", option)]
     done = subprocess.run(
@@ -143,20 +172,24 @@ def test_wrong_facts_are_told_and_nothing_is_served(
     cloud: LocalCloud, image: BoundImage, known: BoundSSHKey, key: Path
 ) -> None:
     """At /ready and on the console; root still gets in."""
-    with node(cloud.client(), image, known, key, facts="api_keys: [{name: a, sha256: oops}]") as own:
+    facts = "domain: llm.test\nacme: {email: a@example.org}\napi_keys: [{name: a, sha256: oops}]"
+    with node(cloud.client(), image, known, key, facts=facts) as own:
         expected = "api_keys[0].sha256: must be the key's SHA-256"
         end_s = time.monotonic() + 30
-        while (answer := own.run("curl -s http://127.0.0.1:8080/ready")) and expected not in answer:
+        while expected not in (answer := own.curl("/ready", "--insecure")[1]):
             assert time.monotonic() < end_s, answer
             time.sleep(0.2)
-        assert own.ask("/generate", {"prompt": "x"})[0] in (401, 503)
+        assert own.curl("/ready", "--insecure")[0] == 503
+        assert own.curl("/version", "--insecure")[0] == 404
+        refused = own.run("curl -s -o /dev/null -w '%{http_code}' -d '{}' http://127.0.0.1:8080/generate")
+        assert refused in ("401", "503")
         console = (cloud.state / "consoles" / f"{own.server.id}.log").read_text(errors="replace")
         assert f"this node does not serve: {expected}" in console
 
 
 def test_it_serves_again_after_whatever_happens(served: Node) -> None:
     """A killed engine, a killed service, a power cut in the middle of an answer, a reboot."""
-    for end in ("pkill -9 -f service.engine.worker", "systemctl kill -s KILL mini-llm"):
+    for end in ("pkill -9 -f '[s]ervice.engine.worker'", "systemctl kill -s KILL mini-llm"):
         served.run(end)
         time.sleep(0.5)
         served.wait_ready()

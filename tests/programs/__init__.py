@@ -23,6 +23,8 @@ class Program:
 
 
 PACKER = Program("packer", "1.11.2", "github.com/hashicorp/packer", ("packer", "version"))
+# Never from the PATH: it goes into a container that holds nothing else.
+TRAEFIK = Program("traefik", "3.6.12", "github.com/traefik/traefik/v3/cmd/traefik", ())
 PACKER_PLUGIN_HCLOUD = Program("packer-plugin-hcloud", "1.0.5", "github.com/hashicorp/packer-plugin-hcloud", ())
 
 
@@ -50,9 +52,14 @@ def obtain(program: Program) -> Path:
         if not built.exists():
             print(f"building {program.name} {program.version}, once", file=sys.stderr, flush=True)
             draft = cache / f"{built.name}.draft"
-            command = [go, "build", "-mod=readonly", "-trimpath", "-o", str(draft), program.package]
+            command = [go, "build", "-mod=readonly", "-trimpath", "-ldflags=-s -w", "-o", str(draft), program.package]
             done = subprocess.run(
-                command, cwd=_FOLDER / program.name, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S
+                command,
+                cwd=_FOLDER / program.name,
+                env={**os.environ, "CGO_ENABLED": "0"},  # a file that needs no library
+                capture_output=True,
+                text=True,
+                timeout=_BUILD_TIMEOUT_S,
             )
             if done.returncode:
                 last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]

@@ -14,15 +14,18 @@ facts = load_script("rootfs/usr/lib/mini-llm/facts.py")
 SCHEMA = ROOT / "cloud-init" / "facts.schema.json"
 HASH = "0123456789abcdef" * 4
 KEY = f"{{name: a, sha256: {HASH}"
+PLACE = "domain: llm.example.org\nacme: {email: a@example.org}\n"
+RIGHT = f"{PLACE}api_keys: [{KEY}}}]\n"
 
 
 def check(tmp_path: Path, text: str | bytes | None) -> tuple[int, Path]:
     """The exit code, and the folder with what was written."""
-    path, out = tmp_path / "facts.yaml", tmp_path / "out"
+    path, out, traefik = tmp_path / "facts.yaml", tmp_path / "out", tmp_path / "traefik"
     out.mkdir(exist_ok=True)
+    traefik.mkdir(exist_ok=True)
     if text is not None:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return facts.main(path, out, SCHEMA), out
+    return facts.main(path, out, traefik, SCHEMA), out
 
 
 def test_the_example_becomes_keys_and_settings(tmp_path: Path) -> None:
@@ -42,7 +45,7 @@ def test_the_example_becomes_keys_and_settings(tmp_path: Path) -> None:
 
 def test_a_key_without_scopes_may_generate(tmp_path: Path) -> None:
     """The least that is needed; a price is not."""
-    code, out = check(tmp_path, f"api_keys: [{KEY}}}]\n")
+    code, out = check(tmp_path, RIGHT)
     assert code == 0
     assert read_keys(out / "keys.json")[0].scopes == frozenset({"generate"})
     assert (out / "node.env").read_text() == ""
@@ -56,24 +59,32 @@ WRONG = [
     (b"api_keys: \xff", "is not UTF-8: byte 10"),
     ("api_keys: !!python/object:os.system {}", "is not YAML: could not determine a constructor"),
     ("a" * 40_000, "is longer than 32768 bytes"),
-    ("{}", "facts: api_keys is missing"),
-    ("api_keys: []", "api_keys: who may use the service, at least one"),
-    ("api_keys: {}", "api_keys: must be a list"),
-    ("api_keys: [x]", "api_keys[0]: must be names with values"),
-    (f"api_key: [{KEY}}}]", "facts: 'api_key' is not known here; known are api_keys, price_eur_per_hour"),
-    ("api_keys: [{name: a}]", "api_keys[0]: sha256 is missing"),
-    (f"api_keys: [{{sha256: {HASH}}}]", "api_keys[0]: name is missing"),
-    (f"api_keys: [{{name: a b, sha256: {HASH}}}]", "api_keys[0].name: must be 1 to 64 letters"),
-    ("api_keys: [{name: a, sha256: mllm_secret}]", "api_keys[0].sha256: must be the key's SHA-256"),
-    (f"api_keys: [{KEY}, scopes: [root]}}]", "api_keys[0].scopes[0]: must be generate, metrics or admin"),
-    (f"api_keys: [{KEY}, scopes: generate}}]", "api_keys[0].scopes: must be a list"),
-    (f"api_keys: [{KEY}, expires: soon}}]", "api_keys[0].expires: must be a time with its zone"),
-    (f"api_keys: [{KEY}, expires: 2027-01-31}}]", "api_keys[0].expires: must be a time with its zone"),
-    (f"api_keys: [{KEY}, limits: {{parallel: 0}}}}]", "api_keys[0].limits.parallel: must be a whole number above 0"),
-    (f"api_keys: [{KEY}, limits: {{paralel: 1}}}}]", "api_keys[0].limits: 'paralel' is not known here"),
-    (f"api_keys: [{KEY}}}, {KEY}}}]", "api_keys: two of them have the same name"),
-    (f"api_keys: [{KEY}}}]\nprice_eur_per_hour: cheap", "price_eur_per_hour: must be a number"),
-    (f"api_keys: [{KEY}}}]\nprice_eur_per_hour: -1", "price_eur_per_hour: must be a number from 0 to 10000"),
+    (f"api_keys: [{KEY}}}]", "facts: domain is missing"),
+    (PLACE, "facts: api_keys is missing"),
+    (f"domain: llm\napi_keys: [{KEY}}}]", "domain: must be the name that people reach this node by"),
+    (f"domain: a.org`) || Path(`/metrics\napi_keys: [{KEY}}}]", "domain: must be the name that people reach"),
+    (f"domain: a.org\napi_keys: [{KEY}}}]", "facts: one of acme (to order the certificate) and certificate"),
+    (f"domain: a.org\nacme: {{}}\napi_keys: [{KEY}}}]", "acme: email is missing"),
+    (f"domain: a.org\nacme: {{email: me}}\napi_keys: [{KEY}}}]", "acme.email: must be an e-mail address"),
+    (f"{RIGHT}acme: {{email: a@b.org, server: http://x}}", "acme.server: must be the https:// address"),
+    (f"domain: a.org\ncertificate: {{chain: x, key: y}}\napi_keys: [{KEY}}}]", "certificate.chain: must be the"),
+    (PLACE + "api_keys: []", "api_keys: who may use the service, at least one"),
+    (PLACE + "api_keys: {}", "api_keys: must be a list"),
+    (PLACE + "api_keys: [x]", "api_keys[0]: must be names with values"),
+    (f"{RIGHT}api_key: [{KEY}}}]", "facts: 'api_key' is not known here; known are domain, acme, certificate, api_keys"),
+    (PLACE + "api_keys: [{name: a}]", "api_keys[0]: sha256 is missing"),
+    (f"{PLACE}api_keys: [{{sha256: {HASH}}}]", "api_keys[0]: name is missing"),
+    (f"{PLACE}api_keys: [{{name: a b, sha256: {HASH}}}]", "api_keys[0].name: must be 1 to 64 letters"),
+    (PLACE + "api_keys: [{name: a, sha256: mllm_secret}]", "api_keys[0].sha256: must be the key's SHA-256"),
+    (f"{PLACE}api_keys: [{KEY}, scopes: [root]}}]", "api_keys[0].scopes[0]: must be generate, metrics or admin"),
+    (f"{PLACE}api_keys: [{KEY}, scopes: generate}}]", "api_keys[0].scopes: must be a list"),
+    (f"{PLACE}api_keys: [{KEY}, expires: soon}}]", "api_keys[0].expires: must be a time with its zone"),
+    (f"{PLACE}api_keys: [{KEY}, expires: 2027-01-31}}]", "api_keys[0].expires: must be a time with its zone"),
+    (f"{PLACE}api_keys: [{KEY}, limits: {{parallel: 0}}}}]", "api_keys[0].limits.parallel: must be a whole number"),
+    (f"{PLACE}api_keys: [{KEY}, limits: {{paralel: 1}}}}]", "api_keys[0].limits: 'paralel' is not known here"),
+    (f"{PLACE}api_keys: [{KEY}}}, {KEY}}}]", "api_keys: two of them have the same name"),
+    (f"{PLACE}api_keys: [{KEY}}}]\nprice_eur_per_hour: cheap", "price_eur_per_hour: must be a number"),
+    (f"{PLACE}api_keys: [{KEY}}}]\nprice_eur_per_hour: -1", "price_eur_per_hour: must be a number from 0 to 10000"),
 ]
 
 
@@ -82,7 +93,7 @@ def test_wrong_facts_are_told_and_nothing_else_is_written(
     tmp_path: Path, text: str | bytes | None, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On the console and in the problem file; what an earlier start had written is gone."""
-    check(tmp_path, f"api_keys: [{KEY}}}]\n")
+    check(tmp_path, RIGHT)
     if text is None:
         (tmp_path / "facts.yaml").unlink()
     capsys.readouterr()
@@ -97,13 +108,13 @@ def test_a_key_that_stands_where_its_hash_should_is_not_repeated(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The console and /ready are read by others than the key's owner."""
-    _, out = check(tmp_path, "api_keys: [{name: a, sha256: mllm_secret}]")
+    _, out = check(tmp_path, PLACE + "api_keys: [{name: a, sha256: mllm_secret}]")
     assert "mllm_secret" not in (out / "problem").read_text() + capsys.readouterr().out
 
 
 def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
     """One boot is enough to know them all."""
-    _, out = check(tmp_path, "api_keys: [{name: a b, sha256: 1}]\nprice_eur_per_hour: x\nmore: 1\n")
+    _, out = check(tmp_path, PLACE + "api_keys: [{name: a b, sha256: 1}]\nprice_eur_per_hour: x\nmore: 1\n")
     assert len((out / "problem").read_text().splitlines()) == 4
 
 

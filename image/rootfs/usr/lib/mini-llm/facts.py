@@ -1,14 +1,19 @@
-"""Owns the node's facts: checks the one file that user-data brings, and turns it into what the service reads.
+"""Owns the node's facts: checks the one file that user-data brings, and turns it into what the programs read.
 
-``python3 facts.py FACTS OUT`` writes into the folder OUT ``keys.json`` (hashes of the API keys) and ``node.env``
-(settings), or, if the facts are wrong or missing, ``problem`` and nothing else: the service then says why at /ready and
-answers nobody. Exit code 0 for facts that are right, 1 for others, with one line each about what is wrong.
+``python3 facts.py FACTS OUT TRAEFIK`` writes into the folder OUT ``keys.json`` (hashes of the API keys) and
+``node.env`` (settings), or, if the facts are wrong or missing, ``problem`` and nothing else: the service then says why
+at /ready and answers nobody. Into TRAEFIK go Traefik's configuration, and the certificate if the facts hold one; with
+wrong facts it shows /health and /ready alone. Exit code 0 for facts that are right, 1 for others, with one line about
+each mistake.
 """
 
 import json
 import os
 import re
+import shutil
+import ssl
 import sys
+import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +22,8 @@ import jsonschema
 import yaml
 
 SCHEMA = Path("/usr/share/mini-llm/facts.schema.json")
+_LETS_ENCRYPT = "https://acme-v02.api.letsencrypt.org/directory"
+_LONGEST_ANSWER_S = 330  # the service's own limit for answers when it drains, and a little
 _LARGEST_BYTES = 32 << 10  # user-data as a whole have no more
 
 
@@ -49,7 +56,7 @@ def read_facts(path: Path, schema: dict[str, Any]) -> dict[str, Any]:
         raise FactsWrong([f"{path} is not YAML: {_where(error)}"]) from error
     found = jsonschema.Draft202012Validator(schema).iter_errors(facts)
     problems = [_describe(error) for error in sorted(found, key=lambda error: [str(part) for part in error.path])]
-    problems += _find_twins(facts) + _find_bad_times(facts) if not problems else []
+    problems += [*_find_twins(facts), *_find_bad_times(facts), *_find_certificate(facts)] if not problems else []
     if problems:
         raise FactsWrong(problems)
     return facts
@@ -68,6 +75,102 @@ def keys_of(facts: dict[str, Any], now: datetime) -> dict[str, Any]:
 def settings_of(facts: dict[str, Any]) -> dict[str, str]:
     """Settings of the service, from facts that are right."""
     return {"LLM_PRICE_EUR_PER_HOUR": str(facts["price_eur_per_hour"])} if "price_eur_per_hour" in facts else {}
+
+
+def traefik_files(facts: dict[str, Any] | None) -> dict[str, str]:
+    """Traefik's files by name, from facts that are right, or for a node that only tells what is wrong with them."""
+    files = {"traefik.yaml": _traefik(facts or {}), "dynamic/node.yaml": _routes(facts)}
+    # YAML reads JSON.
+    texts = {name: json.dumps(document, indent=1) + "\n" for name, document in files.items()}
+    if facts and "certificate" in facts:
+        texts |= {"certificate.pem": facts["certificate"]["chain"], "certificate.key": facts["certificate"]["key"]}
+    return texts
+
+
+def _traefik(facts: dict[str, Any]) -> dict[str, Any]:
+    long = {
+        # Answers on a CPU take minutes: what was accepted may finish, and only requests have to be quick.
+        "lifeCycle": {"requestAcceptGraceTimeout": "2s", "graceTimeOut": f"{_LONGEST_ANSWER_S}s"},
+        "respondingTimeouts": {"readTimeout": "60s", "writeTimeout": "0s", "idleTimeout": "180s"},
+        "keepAliveMaxTime": "600s",
+    }
+    to_https = {"redirections": {"entryPoint": {"to": "https", "scheme": "https", "permanent": True}}}
+    document: dict[str, Any] = {
+        "global": {"checkNewVersion": False, "sendAnonymousUsage": False},
+        "entryPoints": {
+            "http": {"address": ":80", "http": to_https, "transport": long},
+            "https": {"address": ":443", "transport": long},
+            "metrics": {"address": "127.0.0.1:8082"},
+        },
+        "providers": {"file": {"directory": "/etc/traefik/dynamic", "watch": True}},
+        "metrics": {"prometheus": {"entryPoint": "metrics"}},
+        "log": {"level": "INFO", "format": "json"},
+        # Neither headers, which hold keys, nor the request's line, which holds the query.
+        "accessLog": {
+            "format": "json",
+            "fields": {
+                "names": dict.fromkeys(("RequestPath", "RequestLine", "ClientUsername"), "drop"),
+                "headers": {"defaultMode": "drop"},
+            },
+        },
+    }
+    if "acme" in facts:
+        acme = facts["acme"]
+        challenge = "tlsChallenge" if acme.get("challenge") == "tls-alpn-01" else "httpChallenge"
+        document["certificatesResolvers"] = {
+            "acme": {
+                "acme": {
+                    "email": acme["email"],
+                    "caServer": acme.get("server", _LETS_ENCRYPT),
+                    "storage": "/data/acme.json",
+                    challenge: {} if challenge == "tlsChallenge" else {"entryPoint": "http"},
+                }
+            }
+        }
+    return document
+
+
+def _routes(facts: dict[str, Any] | None) -> dict[str, Any]:
+    tls: dict[str, Any] = {"certResolver": "acme"} if facts and "acme" in facts else {}
+    told = "Path(`/health`) || Path(`/ready`)"
+    rule = f"Host(`{facts['domain']}`) && !PathPrefix(`/metrics`)" if facts else told
+    own = {"entryPoints": ["https"], "service": "llm", "tls": tls}
+    hardened = {
+        "stsSeconds": 31_536_000,
+        "contentTypeNosniff": True,
+        "frameDeny": True,
+        "referrerPolicy": "no-referrer",
+        "customResponseHeaders": {"Server": ""},
+    }
+    document: dict[str, Any] = {
+        "http": {
+            "routers": {"llm": {**own, "rule": rule, "middlewares": ["hardened", "rate", "parallel"]}},
+            "middlewares": {
+                "hardened": {"headers": hardened},
+                # By client address; the service's own limits, by key, are finer and lie behind these.
+                "rate": {"rateLimit": {"average": 50, "burst": 100}},
+                "parallel": {"inFlightReq": {"amount": 64, "sourceCriterion": {"ipStrategy": {"depth": 0}}}},
+            },
+            "services": {
+                "llm": {
+                    "loadBalancer": {
+                        "servers": [{"url": "http://127.0.0.1:8080"}],
+                        "responseForwarding": {"flushInterval": "-1ms"},  # a piece is sent when it is there
+                        "serversTransport": "llm",
+                    }
+                }
+            },
+            "serversTransports": {
+                # Shorter than the service keeps a connection (15 s), or a request could meet its end.
+                "llm": {"forwardingTimeouts": {"dialTimeout": "5s", "idleConnTimeout": "10s"}}
+            },
+        },
+        "tls": {"options": {"default": {"minVersion": "VersionTLS12"}}},
+    }
+    if facts and "certificate" in facts:
+        pair = {"certFile": "/etc/traefik/certificate.pem", "keyFile": "/etc/traefik/certificate.key"}
+        document["tls"]["certificates"] = [pair]
+    return document
 
 
 def _where(error: BaseException) -> str:
@@ -121,6 +224,25 @@ def _find_bad_times(facts: dict[str, Any]) -> list[str]:
     return problems
 
 
+def _find_certificate(facts: dict[str, Any]) -> list[str]:
+    if ("acme" in facts) == ("certificate" in facts):
+        return ["facts: one of acme (to order the certificate) and certificate (to bring it) must be there"]
+    if "acme" in facts:
+        return []
+    certificate = facts["certificate"]
+    with tempfile.TemporaryDirectory() as folder:
+        chain, key = Path(folder) / "chain", Path(folder) / "key"
+        chain.write_text(certificate["chain"])
+        key.touch(mode=0o600)
+        key.write_text(certificate["key"])
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(chain, key, password="")
+        except (OSError, ValueError) as error:  # an SSLError is an OSError
+            reason = getattr(error, "reason", None) or "it cannot be read"
+            return [f"certificate: chain and key do not fit each other or are damaged ({reason})"]
+    return []
+
+
 def _as_in_json(key: dict[str, Any]) -> dict[str, Any]:
     """YAML makes times of texts that look like one."""
     return {name: value.isoformat() if isinstance(value, datetime) else value for name, value in key.items()}
@@ -136,10 +258,21 @@ def write_whole(path: Path, text: str, mode: int) -> None:
     unfinished.replace(path)
 
 
-def main(facts_path: Path, out: Path, schema_path: Path = SCHEMA) -> int:
+def write_traefik(folder: Path, facts: dict[str, Any] | None) -> None:
+    """Replaces Traefik's files; what is watched comes last."""
+    shutil.rmtree(folder / "dynamic", ignore_errors=True)
+    for path in folder.iterdir():
+        path.unlink()
+    (folder / "dynamic").mkdir(mode=0o750)
+    os.chown(folder / "dynamic", -1, folder.stat().st_gid)
+    (folder / "dynamic").chmod(0o750)
+    for name, text in sorted(traefik_files(facts).items(), key=lambda item: "/" in item[0]):
+        write_whole(folder / name, text, 0o640)
+
+
+def main(facts_path: Path, out: Path, traefik: Path, schema_path: Path = SCHEMA) -> int:
     """Checks and writes; the boundary where problems become lines."""
-    names = ("keys.json", "node.env", "problem")
-    for name in names:
+    for name in ("keys.json", "node.env", "problem"):
         (out / name).unlink(missing_ok=True)
     try:
         facts = read_facts(facts_path, json.loads(schema_path.read_text()))
@@ -147,7 +280,9 @@ def main(facts_path: Path, out: Path, schema_path: Path = SCHEMA) -> int:
         for problem in wrong.problems:
             print(f"mini-llm: this node does not serve: {re.sub(r'[^ -~]', '?', problem)}")
         write_whole(out / "problem", "\n".join(wrong.problems) + "\n", 0o640)
+        write_traefik(traefik, None)
         return 1
+    write_traefik(traefik, facts)
     write_whole(out / "keys.json", json.dumps(keys_of(facts, datetime.now(UTC)), indent=1) + "\n", 0o640)
     write_whole(out / "node.env", "".join(f"{name}={value}\n" for name, value in settings_of(facts).items()), 0o640)
     print(f"mini-llm: the facts are right; {len(facts['api_keys'])} keys")

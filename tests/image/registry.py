@@ -1,0 +1,128 @@
+"""Owns a container registry for tests: Debian's docker-registry over TLS, and images made of one static program.
+
+What a bake fetches by digest on Docker Hub it fetches here, by the same commands: the images hold programs built from
+their Go modules instead, under digests of their own.
+"""
+
+import gzip
+import hashlib
+import io
+import json
+import os
+import subprocess
+import tarfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import requests
+
+_CONFIG = """version: 0.1
+storage: {{filesystem: {{rootdirectory: {storage}}}}}
+http:
+  addr: {address}
+  tls: {{certificate: {certificate}, key: {key}}}
+log: {{level: error}}
+"""
+_START_TIMEOUT_S = 20.0
+_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+
+
+@dataclass(frozen=True)
+class Registry:
+    """A registry that runs; ``authority`` is the PEM file of who signed its certificate: itself."""
+
+    address: str
+    authority: Path
+
+    def push_program(self, name: str, program: Path) -> str:
+        """Makes an image that holds this one file, as ``/name``, and starts it; returns the manifest's digest."""
+        layer = _tar_of(name, program)
+        blob = gzip.compress(layer, compresslevel=1, mtime=0)
+        config = {
+            "architecture": "amd64",
+            "os": "linux",
+            "config": {"Entrypoint": [f"/{name}"]},
+            "rootfs": {"type": "layers", "diff_ids": [_digest(layer)]},
+        }
+        configured = json.dumps(config).encode()
+        for content in (blob, configured):
+            self._push_blob(name, content)
+        manifest = {
+            "schemaVersion": 2,
+            "mediaType": _MANIFEST,
+            "config": _descriptor("application/vnd.oci.image.config.v1+json", configured),
+            "layers": [_descriptor("application/vnd.oci.image.layer.v1.tar+gzip", blob)],
+        }
+        content = json.dumps(manifest).encode()
+        url = f"https://{self.address}/v2/{name}/manifests/test"
+        self._send("PUT", url, data=content, headers={"Content-Type": _MANIFEST})
+        return _digest(content)
+
+    def _push_blob(self, name: str, content: bytes) -> None:
+        begun = self._send("POST", f"https://{self.address}/v2/{name}/blobs/uploads/")
+        self._send("PUT", begun.headers["Location"], params={"digest": _digest(content)}, data=content)
+
+    def _send(self, method: str, url: str, **more: Any) -> requests.Response:
+        answer = requests.request(method, url, verify=self.authority, timeout=60, **more)
+        answer.raise_for_status()
+        return answer
+
+
+def _digest(content: bytes) -> str:
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
+
+
+def _descriptor(media_type: str, content: bytes) -> dict[str, Any]:
+    return {"mediaType": media_type, "digest": _digest(content), "size": len(content)}
+
+
+def _tar_of(name: str, program: Path) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        entry = tar.gettarinfo(program, name)
+        entry.mode, entry.uid, entry.gid, entry.uname, entry.gname = 0o755, 0, 0, "", ""
+        with program.open("rb") as file:
+            tar.addfile(entry, file)
+        temporary = tarfile.TarInfo("tmp")
+        temporary.type, temporary.mode = tarfile.DIRTYPE, 0o1777
+        tar.addfile(temporary)
+    return buffer.getvalue()
+
+
+def make_certificate(folder: Path, *names: str) -> tuple[Path, Path]:
+    """A certificate that signs itself, for names (``DNS:…``, ``IP:…``), and its key: two PEM files."""
+    chain, key = folder / "chain.pem", folder / "key.pem"
+    words = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "30"]
+    words += ["-subj", "/CN=test", "-addext", f"subjectAltName={','.join(names)}", "-keyout", key, "-out", chain]
+    subprocess.run(words, check=True, capture_output=True)
+    return chain, key
+
+
+@contextmanager
+def running_registry(folder: Path, host: str, port: int) -> Iterator[Registry]:
+    """A registry on an address of this host; gone afterwards, with what it held."""
+    chain, key = make_certificate(folder, f"IP:{host}")
+    config = folder / "config.yml"
+    address = f"{host}:{port}"
+    config.write_text(_CONFIG.format(storage=folder / "storage", address=address, certificate=chain, key=key))
+    with (folder / "registry.log").open("wb") as log:
+        environment = {**os.environ, "OTEL_TRACES_EXPORTER": "none"}  # it would look for a collector
+        process = subprocess.Popen(["docker-registry", "serve", config], env=environment, stdout=log, stderr=log)
+    try:
+        end_s = time.monotonic() + _START_TIMEOUT_S
+        while True:
+            try:
+                requests.get(f"https://{address}/v2/", verify=chain, timeout=5).raise_for_status()
+                break
+            except requests.ConnectionError:
+                assert process.poll() is None, (folder / "registry.log").read_text()
+                assert time.monotonic() < end_s, "the registry does not answer"
+                time.sleep(0.1)
+        yield Registry(address, chain)
+    finally:
+        process.terminate()
+        process.wait(10)
