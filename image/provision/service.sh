@@ -54,7 +54,8 @@ record_golden_answer() {
 
 enable_units() {
     systemctl enable --quiet nftables.service mini-llm.socket mini-llm.service mini-llm-facts.service \
-        mini-llm-model.service mini-llm-audit.service mini-llm-stack.service
+        mini-llm-model.service mini-llm-audit.service mini-llm-stack.service \
+        mini-llm-certificate.service
 }
 
 list_packages() {

@@ -114,13 +114,18 @@ def facts_file(content: str) -> str:
 
 @contextmanager
 def node(
-    client: Client, image: BoundImage | Image, known: BoundSSHKey, key_file: Path, facts: str | None = None
+    client: Client,
+    image: BoundImage | Image,
+    known: BoundSSHKey,
+    key_file: Path,
+    facts: str | None = None,
+    acme: dict[str, str] | None = None,
 ) -> Iterator[Node]:
-    """A node with one API key and a certificate of its own, or with the facts given; deleted afterwards."""
+    """A node with one API key and a certificate of its own, or one to order; or with the facts given. Deleted after."""
     api_key = f"mllm_{secrets.token_hex(16)}"
     with tempfile.TemporaryDirectory() as folder:
         chain, secret = make_certificate(Path(folder), f"DNS:{DOMAIN}")
-        right = {
+        right: dict[str, Any] = {
             "domain": DOMAIN,
             "certificate": {"chain": chain.read_text(), "key": secret.read_text()},
             "api_keys": [
@@ -132,6 +137,9 @@ def node(
             ],
             "price_eur_per_hour": 0.0136,
         }
+        if acme is not None:
+            del right["certificate"]
+            right["acme"] = acme
         made = client.servers.create(
             f"node-{secrets.token_hex(3)}",
             ServerType(name="cx23"),

@@ -5,14 +5,16 @@ import shlex
 import socket
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hcloud.images import BoundImage
 from hcloud.ssh_keys import BoundSSHKey
 
-from scripts.local_cloud.machines.network import tag_of
-from tests.image.harness import ROOT, Node, bake, node, packer
+from scripts.local_cloud.machines.network import tag_of, transfer_addresses
+from tests.image.acme import running_acme_server
+from tests.image.harness import DOMAIN, ROOT, Node, bake, cut_off, node, packer
 from tests.image.scripts import load_script
 from tests.local_cloud.harness import LocalCloud, traces
 from tests.programs import ProgramMissing
@@ -121,6 +123,35 @@ def test_the_proxy(served: Node) -> None:
     # The service sees who asked, not the proxy.
     audited = served.run("tail -n 3 /var/lib/mini-llm/audit/*.jsonl")
     assert '"127.0.0.1"' not in audited
+
+
+def test_a_certificate_is_ordered_until_it_is_there(
+    cloud: LocalCloud, image: BoundImage, known: BoundSSHKey, key: Path, tmp_path: Path
+) -> None:
+    """The name leads nowhere at first, so the order fails; once it leads to the node the next one is served."""
+    host, _ = transfer_addresses(tag_of(cloud.state))
+    cut_off(cloud)
+    try:
+        with running_acme_server(tmp_path, host) as server:
+            acme = {"email": "a@example.org", "server": server.directory, "authority": server.authority.read_text()}
+            with node(cloud.client(), image, known, key, acme=acme) as own:
+                end_s = time.monotonic() + 30
+                while "set INVALID" not in server.log.read_text():
+                    assert time.monotonic() < end_s, server.log.read_text()
+                    time.sleep(0.2)
+                assert own.curl("/health")[0] == 0  # nobody vouches for it yet
+                server.point(DOMAIN, own.address)
+                server.write_root(tmp_path / "root.pem")
+                trusting = replace(own, authority=tmp_path / "root.pem")
+                end_s = time.monotonic() + 90
+                while (status := trusting.ask("/generate", {"prompt": "How do I run the tests?"})[0]) != 200:
+                    assert time.monotonic() < end_s, (status, server.log.read_text()[-2000:])
+                    time.sleep(0.5)
+                assert "ordering again" in own.run("journalctl --no-pager -u mini-llm-certificate")
+                store = own.run("stat -c '%a %U' /var/lib/mini-llm-traefik/acme.json")
+                assert store.split() == ["600", "mini-llm-traefik"]
+    finally:
+        cut_off(cloud, "*")
 
 
 def test_every_ban_of_the_unit_holds(cloud: LocalCloud, image: BoundImage, known: BoundSSHKey, key: Path) -> None:

@@ -82,6 +82,9 @@ def traefik_files(facts: dict[str, Any] | None) -> dict[str, str]:
     files = {"traefik.yaml": _traefik(facts or {}), "dynamic/node.yaml": _routes(facts)}
     # YAML reads JSON.
     texts = {name: json.dumps(document, indent=1) + "\n" for name, document in files.items()}
+    if facts and "acme" in facts:
+        texts["ordered"] = facts["domain"] + "\n"  # for who looks after the order
+        texts |= {"acme-authority.pem": facts["acme"]["authority"]} if "authority" in facts["acme"] else {}
     if facts and "certificate" in facts:
         texts |= {"certificate.pem": facts["certificate"]["chain"], "certificate.key": facts["certificate"]["key"]}
     return texts
@@ -123,6 +126,8 @@ def _traefik(facts: dict[str, Any]) -> dict[str, Any]:
                     "email": acme["email"],
                     "caServer": acme.get("server", _LETS_ENCRYPT),
                     "storage": "/data/acme.json",
+                    "keyType": "EC256",
+                    **({"caCertificates": ["/etc/traefik/acme-authority.pem"]} if "authority" in acme else {}),
                     challenge: {} if challenge == "tlsChallenge" else {"entryPoint": "http"},
                 }
             }

@@ -1,0 +1,62 @@
+"""Owns the patience with the certificate's order: Traefik orders once, when its configuration changes, and never again.
+
+``python3 order_certificate.py TRAEFIK ACME_JSON`` looks whether the certificate of the domain in ``TRAEFIK/ordered`` is
+there, changes something in Traefik's configuration if it is not, ever more rarely, and ends with 0 once it is.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import chain, count, repeat
+from pathlib import Path
+
+# Let's Encrypt counts five failures an hour for a name (letsencrypt.org/docs/rate-limits); then it refuses to try.
+_PAUSES_S = (30, 60, 300, 900)
+
+
+def pauses_s() -> Iterator[int]:
+    """How long to wait before each look."""
+    return chain(_PAUSES_S, repeat(_PAUSES_S[-1]))
+
+
+def is_there(acme: Path, domain: str) -> bool:
+    """Whether Traefik's store holds a certificate for a domain."""
+    try:
+        resolvers = json.loads(acme.read_text()).values()
+    except (OSError, ValueError, AttributeError):  # not there yet, or written at this moment
+        return False
+    certificates = [one for resolver in resolvers for one in (resolver or {}).get("Certificates") or []]
+    return any(one.get("domain", {}).get("main") == domain for one in certificates)
+
+
+def order_again(traefik: Path, number: int) -> None:
+    """Changes what Traefik watches, in a part that nothing uses."""
+    text = json.dumps({"http": {"middlewares": {"again": {"addPrefix": {"prefix": f"/{number}"}}}}})
+    path, folder = traefik / "dynamic" / "again.yaml", traefik / "dynamic"
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o640), "w") as file:
+        os.fchown(file.fileno(), -1, folder.stat().st_gid)
+        file.write(text)
+
+
+def main(traefik: Path, acme: Path, wait: Callable[[float], None] = time.sleep) -> int:
+    """Waits, looks, orders again; ends when there is nothing to order or it was delivered."""
+    ordered = traefik / "ordered"
+    if not ordered.exists():
+        print("no certificate is to be ordered")
+        return 0
+    domain = ordered.read_text().strip()
+    for number, pause_s in zip(count(1), pauses_s(), strict=False):
+        wait(pause_s)
+        if is_there(acme, domain):
+            print(f"the certificate of {domain} is there")
+            return 0
+        print(f"no certificate of {domain} yet; ordering again (Traefik's log says why the last order failed)")
+        order_again(traefik, number)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)
+    sys.exit(main(*map(Path, sys.argv[1:])))

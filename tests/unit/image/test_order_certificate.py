@@ -1,0 +1,51 @@
+"""The certificate's order is repeated until it was served, and not more often than the authority bears."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.image.scripts import load_script
+
+order_certificate = load_script("rootfs/usr/lib/mini-llm/order_certificate.py")
+
+
+@pytest.fixture
+def traefik(tmp_path: Path) -> Path:
+    """Traefik's folder with an order for one domain."""
+    (tmp_path / "dynamic").mkdir()
+    (tmp_path / "ordered").write_text("llm.example.org\n")
+    return tmp_path
+
+
+def served(domain: str) -> str:
+    """Traefik's store with a certificate."""
+    return json.dumps({"acme": {"Account": {}, "Certificates": [{"domain": {"main": domain}, "key": "x"}]}})
+
+
+def test_an_order_that_failed_is_made_again_with_pauses(traefik: Path) -> None:
+    """Each time with another configuration, and ever more rarely; four an hour at most in the long run."""
+    acme, waited, seen = traefik / "acme.json", [], set()
+
+    def wait(pause_s: float) -> None:
+        waited.append(pause_s)
+        again = traefik / "dynamic" / "again.yaml"
+        seen.add(again.read_text() if again.exists() else "")
+        acme.write_text(served("llm.example.org" if len(waited) == 7 else "other.example.org"))
+
+    assert order_certificate.main(traefik, acme, wait) == 0
+    assert waited == [30, 60, 300, 900, 900, 900, 900]
+    assert len(seen) == 7
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", '{"acme": null}', '{"acme": {"Certificates": null}}'])
+def test_a_store_without_the_certificate_is_none(tmp_path: Path, content: str | None) -> None:
+    """Whatever state it is in."""
+    if content is not None:
+        (tmp_path / "acme.json").write_text(content)
+    assert not order_certificate.is_there(tmp_path / "acme.json", "llm.example.org")
+
+
+def test_a_certificate_at_hand_is_not_ordered(tmp_path: Path) -> None:
+    """There is nothing to wait for."""
+    assert order_certificate.main(tmp_path, tmp_path / "acme.json", lambda pause_s: pytest.fail("it waited")) == 0
