@@ -22,13 +22,13 @@ ifeq ($(LLM_MODEL),)
 unexport LLM_MODEL
 endif
 
-.PHONY: help serve cloud cloud-clean test unit bench bench-cloud train lint lock clean
+.PHONY: help serve cloud cloud-clean test unit bench bench-cloud bench-image train lint lock clean
 
 help:
 	@echo "make serve   serve a model on 127.0.0.1:8080 (HOST= PORT= MODEL= change that)"
 	@echo "make cloud   a Hetzner Cloud on this machine, for nothing (root; CLOUD= adds options);  make cloud-clean  remove it"
 	@echo "make test    run every test;  make unit  only the fast ones"
-	@echo "make bench   measure, as ratios in one run;  make bench-cloud  the local cloud's times (root)"
+	@echo "make bench   measure, as ratios in one run;  make bench-cloud, bench-image  times of the local cloud, of a node (root)"
 	@echo "make train   train the starter model again (up to an hour)"
 	@echo "make lint    check style;  make lock  pin requirements again;  make clean  remove .venv and caches"
 
@@ -58,6 +58,10 @@ bench:
 bench-cloud:
 	@$(SET_UP) $(TEST_REQUIREMENTS)
 	@$(VENV_PYTHON) -m tests.bench.cloud
+
+bench-image:
+	@$(SET_UP) $(TEST_REQUIREMENTS)
+	@$(VENV_PYTHON) -m tests.bench.image
 
 train:
 	@$(SET_UP) $(TEST_REQUIREMENTS)
