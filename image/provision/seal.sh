@@ -16,7 +16,7 @@ forget_extra_authority() {
 # Host keys, machine-id and cloud-init's memory are made anew by each server.
 forget_identity() {
     rm -f /etc/ssh/ssh_host_* /root/.ssh/authorized_keys /root/.bash_history /root/.python_history /root/.lesshst
-    rm -f /etc/hostname /var/lib/systemd/random-seed /var/lib/systemd/credential.secret /var/lib/dbus/machine-id
+    rm -f /etc/hostname /var/lib/docker/engine-id /var/lib/systemd/random-seed /var/lib/systemd/credential.secret /var/lib/dbus/machine-id
     cloud-init clean --logs --machine-id --seed --configs all
 }
 

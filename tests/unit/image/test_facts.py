@@ -121,3 +121,12 @@ def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
 def test_the_schema_is_one() -> None:
     """And knows nothing that its own rules would pass over."""
     facts.jsonschema.Draft202012Validator.check_schema(json.loads(SCHEMA.read_text()))
+
+
+def test_a_check_that_breaks_leaves_a_node_that_does_not_serve(tmp_path: Path) -> None:
+    """Whatever it breaks on; keys of an earlier check are gone as well."""
+    _, out = check(tmp_path, RIGHT)
+    with pytest.raises(FileNotFoundError):
+        facts.main(tmp_path / "facts.yaml", out, tmp_path / "traefik", tmp_path / "no-such-schema")
+    assert [path.name for path in out.iterdir()] == ["problem"]
+    assert (out / "problem").read_text() == "this node's facts were not checked\n"

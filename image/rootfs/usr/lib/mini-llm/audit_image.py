@@ -27,6 +27,7 @@ _MUST_NOT_EXIST = (
     ("var/lib/systemd/credential.secret", "a secret that every server would share"),
     ("var/lib/dbus/machine-id", "an identity"),
     ("etc/hostname", "the name of who baked"),
+    ("var/lib/docker/engine-id", "an identity"),
     ("var/lib/apt/lists/*Packages*", "lists of packages, old by the time of the first boot"),
     ("var/cache/apt/archives/*.deb", "downloaded packages"),
     ("var/log/apt/*", "a log of the bake"),

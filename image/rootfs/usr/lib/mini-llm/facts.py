@@ -277,7 +277,8 @@ def write_traefik(folder: Path, facts: dict[str, Any] | None) -> None:
 
 def main(facts_path: Path, out: Path, traefik: Path, schema_path: Path = SCHEMA) -> int:
     """Checks and writes; the boundary where problems become lines."""
-    for name in ("keys.json", "node.env", "problem"):
+    write_whole(out / "problem", "this node's facts were not checked\n", 0o640)  # whatever happens from here on
+    for name in ("keys.json", "node.env"):
         (out / name).unlink(missing_ok=True)
     try:
         facts = read_facts(facts_path, json.loads(schema_path.read_text()))
@@ -290,6 +291,7 @@ def main(facts_path: Path, out: Path, traefik: Path, schema_path: Path = SCHEMA)
     write_traefik(traefik, facts)
     write_whole(out / "keys.json", json.dumps(keys_of(facts, datetime.now(UTC)), indent=1) + "\n", 0o640)
     write_whole(out / "node.env", "".join(f"{name}={value}\n" for name, value in settings_of(facts).items()), 0o640)
+    (out / "problem").unlink()
     print(f"mini-llm: the facts are right; {len(facts['api_keys'])} keys")
     return 0
 
