@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from scripts.local_cloud.machine_interface import FirewallRule, MachineFailed, MachineSpec
+from scripts.local_cloud.machines.host import HostUnfit
 from scripts.local_cloud.machines.machines import LocalMachines
 from tests.local_cloud.harness import traces
 
@@ -27,6 +28,7 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 from scripts.local_cloud.machine_interface import MachineSpec
+from scripts.local_cloud.machines.host import HostUnfit
 from scripts.local_cloud.machines.machines import LocalMachines
 machines = LocalMachines(Path(sys.argv[1]), address_range=sys.argv[2])
 machines.prepare()
@@ -337,3 +339,34 @@ def test_a_killed_cloud_is_swept(host: None, tmp_path: Path) -> None:
     assert traces(state) == {}
     assert not state.exists()
     assert host_settings() == before
+
+
+def test_a_host_without_copy_on_write_has_plain_copies(
+    host: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says so once; servers, snapshots and servers from them are there all the same, and go without a trace."""
+
+    def missing() -> None:
+        raise HostUnfit("mkfs.btrfs not found; install it: …")
+
+    monkeypatch.setattr("scripts.local_cloud.machines.pool.check_pool_tools", missing)
+    state, said = tmp_path / "state", []
+    machines = LocalMachines(state, address_range="198.19.78.32/28", log=said.append)
+    try:
+        machines.prepare()
+        assert [line for line in said if "plain copies" in line] == [
+            "disks are plain copies, slow and large: mkfs.btrfs not found; install it: …"
+        ]
+        machines.create_disk(41, "debian-13")
+        (state / "pool/servers/41/srv/kept").write_text("kept")
+        assert 0.1 < machines.snapshot(41, 51) < 2
+        machines.delete_disk(41)
+        machines.create_disk(42, 51)
+        assert (state / "pool/servers/42/srv/kept").read_text() == "kept"
+        machines.start(MachineSpec(42, "plain", "198.19.78.33", None, (), None, "", 1, 1.0, "fsn1"))
+        assert machines.is_running(42)
+        machines.close()
+        assert traces(state) == {}
+    finally:
+        machines.clean()
+    assert not state.exists()
