@@ -93,6 +93,7 @@ class WebWorker(ThreadWorker):
     on_bad_request: Callable[[int], None] = staticmethod(lambda status: None)
 
     def init_process(self) -> None:
+        self._exiting = False
         self._deadlines = _Deadlines()
         self._current = threading.local()
         self._lines = Log()
@@ -141,6 +142,11 @@ class WebWorker(ThreadWorker):
         return super().handle_request(req, conn)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
+        # A unit's stop signals all processes, and gunicorn hands it on: the second signal may interrupt the work on the
+        # first, in this same thread, and would wait for ever for the locks that it holds.
+        if self._exiting:
+            return
+        self._exiting = True
         self.on_stopping()
         super().handle_exit(sig, frame)
 

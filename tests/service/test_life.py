@@ -107,6 +107,15 @@ def test_idle_stop_is_quick(fake: Service) -> None:
     assert time.monotonic() - start_s < 6
 
 
+def test_a_stop_that_is_signalled_again_and_again_is_one(fake: Service) -> None:
+    """A stop of a whole group signals every process, and gunicorn hands it on: still an end with 0, and soon."""
+    web = fake.web
+    for _ in range(100):
+        web.send_signal(signal.SIGTERM)
+    fake.process.send_signal(signal.SIGTERM)
+    assert fake.process.wait(10) == 0
+
+
 def test_drain_without_a_service_says_so(fake: Service) -> None:
     """The drain command fails with one clear line where no service runs."""
     fake.terminate()
