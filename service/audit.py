@@ -268,7 +268,7 @@ class AuditLog:
         self._path, self._descriptor, self._inode, self._size = str(path), descriptor, status.st_ino, status.st_size
 
     def _create(self, path: Path, flags: int) -> int:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | flags, 0o600)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o600)
         if os.geteuid() == 0:  # keys are added by root too; the service must go on with what root has begun
             owner = os.fstat(self._folder_descriptor)
             os.fchown(descriptor, owner.st_uid, owner.st_gid)

@@ -6,6 +6,7 @@ from the hash, and a slow hash as for passwords would only slow every request do
 
 import base64
 import binascii
+import errno
 import fcntl
 import hashlib
 import hmac
@@ -13,6 +14,7 @@ import json
 import os
 import re
 import secrets
+import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -231,7 +233,8 @@ def _changing(path: Path) -> Iterator[list[Key]]:
     """The keys as a list to change; one process at a time, and the file is replaced as a whole or not at all."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        descriptor = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        place = path.with_name(path.name + ".lock")
+        descriptor = os.open(place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
         with os.fdopen(descriptor, "w") as lock:
             _give_to(descriptor, path.parent)
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -243,7 +246,14 @@ def _changing(path: Path) -> Iterator[list[Key]]:
 
 
 def _give_to(descriptor: int, place: Path) -> None:
-    """Root adds keys for a service that runs as another user: a file belongs to the owner of its place."""
+    """Root adds keys for a service that runs as another user: a file belongs to the owner of its place.
+
+    That user may have laid a link to somebody else's file there, which root must not give away: links of names are not
+    followed by who opens, and a file of several names is refused here. Raises PermissionError.
+    """
+    opened = os.fstat(descriptor)
+    if not stat.S_ISREG(opened.st_mode) or opened.st_nlink != 1:
+        raise PermissionError(errno.EPERM, "a file of its folder is a link")
     found = place.stat()
     if os.geteuid() == 0 and (found.st_uid, found.st_gid) != (0, 0):
         os.fchown(descriptor, found.st_uid, found.st_gid)
@@ -253,7 +263,8 @@ def _write_keys(path: Path, keys: list[Key]) -> None:
     document = {"keys": [_render_key(key) for key in keys]}
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        draft.unlink(missing_ok=True)
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             if path.exists():
                 os.fchmod(descriptor, path.stat().st_mode & 0o777)

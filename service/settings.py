@@ -260,7 +260,8 @@ def check_folders(settings: Settings) -> None:
                 folder.mkdir(parents=True, exist_ok=True, mode=0o700)
                 above = folder.parent.stat()
                 if os.geteuid() == 0 and (above.st_uid, above.st_gid) != (0, 0):
-                    os.chown(folder, above.st_uid, above.st_gid)  # made by root for a service of another user
+                    # Made by root for a service of another user, who may have put a link in its place by now.
+                    os.chown(folder, above.st_uid, above.st_gid, follow_symlinks=False)
             if not os.access(folder, os.W_OK | os.X_OK):
                 raise PermissionError(13, "not writable")
         except OSError as error:

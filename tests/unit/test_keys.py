@@ -237,3 +237,19 @@ def test_credential_without_a_separator_is_refused() -> None:
     """Basic needs the colon."""
     with pytest.raises(Unauthenticated):
         parse_credential("Basic " + base64.b64encode(b"abc").decode())
+
+
+@pytest.mark.parametrize("kind", ["symbolic", "hard"])
+def test_a_link_where_the_lock_should_be_is_refused(tmp_path: Path, kind: str) -> None:
+    """Root would give the file behind it to the service's user, who laid the link."""
+    victim, folder = tmp_path / "shadow", tmp_path / "state"
+    victim.write_text("root's")
+    folder.mkdir()
+    lock = folder / "keys.json.lock"
+    (lock.symlink_to if kind == "symbolic" else lock.hardlink_to)(victim)
+    before = victim.stat()
+    with pytest.raises(KeysUnusable, match="cannot be written"):
+        add_key(folder / "keys.json", "a", frozenset({"generate"}), None, Limits())
+    assert victim.read_text() == "root's"
+    assert (victim.stat().st_uid, victim.stat().st_mode) == (before.st_uid, before.st_mode)
+    assert not (folder / "keys.json").exists()
