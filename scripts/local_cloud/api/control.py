@@ -4,7 +4,7 @@ import json
 
 import falcon
 
-from scripts.local_cloud.api.bodies import Fields, read_object
+from scripts.local_cloud.api.bodies import Fields, is_hostname, read_object
 from scripts.local_cloud.api.errors import InvalidInput
 from scripts.local_cloud.api.faults import Faults
 from scripts.local_cloud.api.life import Life
@@ -51,7 +51,8 @@ class _Network:
         fields = Fields(read_object(req))
         fields.allow_only(["cut_off"])
         names = fields.items("cut_off")
-        if not fields.has("cut_off") or not all(isinstance(name, str) for name in names):
+        known = all(isinstance(name, str) and (name == "*" or is_hostname(name)) for name in names)
+        if not fields.has("cut_off") or not known:
             fields.blame("cut_off", "must be a list of servers' names, or * for all")
         fields.check()
         self._life.cut_off(names)

@@ -329,7 +329,9 @@ def test_servers_are_cut_off_by_name(cloud: Cloud) -> None:
     assert cut() == set()
 
 
-@pytest.mark.parametrize("body", [{}, {"cut_off": "left"}, {"cut_off": [1]}, {"cut_of": []}, {"cut_off": None}])
+@pytest.mark.parametrize(
+    "body", [{}, *({"cut_off": wrong} for wrong in ("left", [1], None, [""], ["a b"], ["a\n"])), {"cut_of": []}]
+)
 def test_who_is_cut_off_must_be_said_right(cloud: Cloud, body: dict[str, Any]) -> None:
     """A typo would connect everybody again."""
     cloud.call("PUT", "/_local/network", {"cut_off": ["left"]})
