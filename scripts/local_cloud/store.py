@@ -3,7 +3,7 @@
 import json
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ class Store:
         """Opens or makes the file at ``path``, readable by its owner only; raises StoreUnusable."""
         self._lock = threading.RLock()
         self._depth = 0
+        self._waiting: list[tuple[Callable[[], None], Callable[[], None]]] = []
         try:
             path.touch(mode=0o600, exist_ok=True)  # passwords of servers stand in it
             self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
@@ -65,11 +66,28 @@ class Store:
                 if self._depth == 1:
                     self._connection.execute("COMMIT")
             except BaseException:
-                if self._depth == 1 and self._connection.in_transaction:  # SQLite itself ends some that fail
-                    self._connection.execute("ROLLBACK")
+                if self._depth == 1:
+                    if self._connection.in_transaction:  # SQLite itself ends some that fail
+                        self._connection.execute("ROLLBACK")
+                    self._end([undone for _, undone in reversed(self._waiting)])
                 raise
             finally:
                 self._depth -= 1
+            if self._depth == 0:
+                self._end([kept for kept, _ in self._waiting])
+
+    def at_end(self, kept: Callable[[], None], undone: Callable[[], None]) -> None:
+        """Inside a transaction: calls ``kept`` once all of it is on the disk, or ``undone`` if none of it will be.
+
+        Whatever a refused request must not do belongs into ``kept``. Both are called with the lock held.
+        """
+        assert self._depth, "there is no transaction"
+        self._waiting.append((kept, undone))
+
+    def _end(self, calls: list[Callable[[], None]]) -> None:
+        self._waiting.clear()
+        for call in calls:
+            call()
 
     def next_id(self) -> int:
         """A new id, never handed out before."""

@@ -89,7 +89,7 @@ class Actions:
         """Starts work on the steps, one after the other, and returns their documents.
 
         ``hold`` are locked until the last has ended; ``use`` can be used by others too, but not held. Raises Locked.
-        Call it last in a transaction.
+        In a transaction the work starts when that is on the disk, and never if it is undone.
         """
         with self._store.transaction():
             self.require_free(*hold)
@@ -119,8 +119,13 @@ class Actions:
                 name=f"action-{documents[0]['id']}",
                 daemon=True,
             )
+
+            def undo() -> None:
+                self._release(hold, use)
+                self._threads.discard(thread)
+
             self._threads.add(thread)
-        thread.start()
+            self._store.at_end(thread.start, undo)
         return documents
 
     def find(self, action_id: int) -> Document | None:

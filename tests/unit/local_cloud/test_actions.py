@@ -82,3 +82,39 @@ def test_work_that_the_end_of_the_cloud_breaks_has_not_failed(start_cloud: Calla
         wait_until(lambda: again.status(server_id) == "running")
     finally:
         again.stop()
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("POST", "/servers", {"name": "new", "server_type": "cx23", "image": "debian-13"}),
+        ("DELETE", "/servers/{id}", None),
+        ("POST", "/servers/{id}/actions/create_image", {}),
+        ("POST", "/servers/{id}/actions/poweroff", None),
+    ],
+)
+def test_what_is_refused_for_a_full_disk_is_not_done(
+    cloud: Cloud, monkeypatch: pytest.MonkeyPatch, method: str, path: str, body: dict[str, Any] | None
+) -> None:
+    """The disk is full when the last word is written: nothing has begun, nothing is locked, and no id is lost."""
+    server_id, store = cloud.make_server("old"), cloud.project.store
+    connection, asked = store._connection, list(cloud.machines.asked)
+
+    class Refusing:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(connection, name)
+
+        def execute(self, statement: str, *values: Any) -> sqlite3.Cursor:
+            if statement == "COMMIT":
+                raise sqlite3.OperationalError("database or disk is full")
+            return connection.execute(statement, *values)
+
+    with monkeypatch.context() as full:
+        full.setattr(store, "_connection", Refusing())
+        assert cloud.refuse(method, path.format(id=server_id), body) == (503, "unavailable")
+        time.sleep(0.1)
+    assert cloud.machines.asked == asked
+    assert [one["name"] for one in cloud.get("/servers")["servers"]] == ["old"]
+    assert cloud.status(server_id) == "running"
+    answer = cloud.call(method, f"/v1{path.format(id=server_id)}", body)
+    assert cloud.wait(answer.json["action"])[0]["status"] == "success"

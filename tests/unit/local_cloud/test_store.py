@@ -147,3 +147,30 @@ def test_a_transaction_that_cannot_be_committed_is_undone(tmp_path: Path) -> Non
     store.put("server", {"id": 2})
     assert store.read_all("server") == [{"id": 2}]
     store.close()
+
+
+def test_what_waits_for_a_transactions_end_is_called_once(tmp_path: Path) -> None:
+    """After the outermost block, and only the half that came true; the next transaction begins with nothing."""
+    store, seen = Store(tmp_path / "state"), []
+
+    def wait(name: str) -> None:
+        store.at_end(lambda: seen.append(f"{name} kept"), lambda: seen.append(f"{name} undone"))
+
+    with store.transaction():
+        with store.transaction():
+            wait("inner")
+        wait("outer")
+        assert seen == []
+    assert seen == ["inner kept", "outer kept"]
+
+    def break_off() -> None:
+        with store.transaction():
+            wait("broken")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        break_off()
+    assert seen[2:] == ["broken undone"]
+    store.put("server", {"id": 1})
+    assert len(seen) == 3
+    store.close()
