@@ -36,6 +36,8 @@ def main(arguments: list[str]) -> int:
         return _run(options)
     except (HostUnfit, MachineFailed, StoreUnusable) as error:
         print(f"error: {error}", file=sys.stderr)
+    except sqlite3.Error as error:
+        print(f"error: the state in {options.state} cannot be written: {error}; is its disk full?", file=sys.stderr)
     except InvalidInput as error:
         print(f"error: {options.faults} is no plan of faults: {error}", file=sys.stderr)
     except json.JSONDecodeError as error:

@@ -132,10 +132,9 @@ class Life:
         """Frees what a deleted image holds; what fails now is tried again at the next start."""
         try:
             self._machines.delete_image(image_id)
-        except MachineFailed as error:
-            _log.warning("image %d still holds room: %s", image_id, error)
-        else:
             self._store.change("image", image_id, has_data=False)
+        except (MachineFailed, sqlite3.Error) as error:
+            _log.warning("image %d may still hold room: %s", image_id, error)
 
     def route(self, floating_ip_id: int, server_id: int | None) -> None:
         """Leads a floating IP to a server, or to nobody."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from scripts.local_cloud.machine_interface import MachineFailed
+from scripts.local_cloud.machines.console import copy_console, last_line
 from scripts.local_cloud.machines.host import find_tool
 
 _PROC = Path("/proc")
@@ -18,8 +19,7 @@ _EXIT_REBOOT = 133  # systemd-nspawn --keep-unit: the container asked to be star
 _INIT_TIMEOUT_S = 60.0  # a second on a quiet host
 _KILL_TIMEOUT_S = 10.0
 _POLL_S = 0.01
-_LONGEST_CONSOLE_BYTES = 16 << 20
-_LAST_WORDS_BYTES = 64 << 10
+_LAST_WORDS_S = 2.0  # for a console to be copied to its end once its container has ended
 # What Docker needs beyond the defaults.
 _CAPABILITIES = "CAP_NET_ADMIN,CAP_NET_RAW,CAP_IPC_LOCK"
 _SYSTEM_CALLS = "add_key keyctl request_key bpf @mount"
@@ -44,6 +44,7 @@ class Launch:
 class _Running:
     launch: Launch
     process: subprocess.Popen[bytes]
+    console: threading.Thread
     init_pid: int = 0
     booted: bool = False
     unplugged: bool = False
@@ -132,7 +133,7 @@ class Containers:
         with self._lock:
             if launch.server_id in self._running:
                 raise MachineFailed(f"server {launch.server_id} is running already")
-            running = _Running(launch, self._spawn(launch))
+            running = _Running(launch, *self._spawn(launch))
             self._running[launch.server_id] = running
         threading.Thread(target=self._watch, args=(running,), name=launch.machine, daemon=True).start()
         try:
@@ -183,30 +184,42 @@ class Containers:
             self._spawner.shutdown()
             self._spawner = None
 
-    def _spawn(self, launch: Launch) -> "subprocess.Popen[bytes]":
+    def _spawn(self, launch: Launch) -> "tuple[subprocess.Popen[bytes], threading.Thread]":
         words = command(launch, self._capabilities)
 
         def fork() -> "subprocess.Popen[bytes]":
-            with launch.console.open("ab") as console:
-                return subprocess.Popen(
-                    [find_tool(words[0]) or words[0], *words[1:]],
-                    stdin=subprocess.DEVNULL,
-                    stdout=console,
-                    stderr=subprocess.STDOUT,
-                    env=environment(launch),
-                    cwd="/",
-                    start_new_session=True,
-                )
+            return subprocess.Popen(
+                [find_tool(words[0]) or words[0], *words[1:]],
+                bufsize=0,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env=environment(launch),
+                cwd="/",
+                start_new_session=True,
+            )
 
         spawner = self._spawner
         if spawner is None:
             raise MachineFailed("the local cloud is stopping")
         try:
-            return spawner.submit(fork).result()
+            process = spawner.submit(fork).result()
         except OSError as error:
             raise MachineFailed(f"server {launch.server_id}: {error.strerror}") from error
         except RuntimeError as error:  # it ends at this moment
             raise MachineFailed("the local cloud is stopping") from error
+
+        def say_long() -> None:
+            self._log(f"server {launch.server_id} filled its console's file, which begins anew")
+
+        console = threading.Thread(
+            target=copy_console,
+            args=(process.stdout, launch.console, say_long),
+            name=f"{launch.machine}-console",
+            daemon=True,
+        )
+        console.start()
+        return process, console
 
     def _await_init(self, running: _Running) -> None:
         give_up_s = time.monotonic() + _INIT_TIMEOUT_S
@@ -215,6 +228,7 @@ class Containers:
             if running.init_pid:
                 return
             if running.process.poll() is not None:
+                running.console.join(_LAST_WORDS_S)
                 raise MachineFailed(f"server {running.launch.server_id}: {last_line(running.launch.console)}")
             time.sleep(_POLL_S)
         raise MachineFailed(f"server {running.launch.server_id} has no init after {_INIT_TIMEOUT_S:g} s")
@@ -222,14 +236,16 @@ class Containers:
     def _watch(self, running: _Running) -> None:
         server_id = running.launch.server_id
         while running.process.wait() == _EXIT_REBOOT and not running.unplugged:
+            running.console.join(_LAST_WORDS_S)
             try:
                 running.init_pid = 0
-                running.process = self._spawn(running.launch)
+                running.process, running.console = self._spawn(running.launch)
                 self._await_init(running)
             except MachineFailed as error:
                 self._log(f"server {server_id} does not come back from its reboot: {error}")
                 running.process.kill()
                 break
+        running.console.join(_LAST_WORDS_S)  # its file goes with the server, and must not come back
         try:
             self._on_end(server_id)
         except MachineFailed as error:
@@ -323,22 +339,3 @@ def _is_alive(pid: int) -> bool:
         return (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
-
-
-def shorten_console(console: Path) -> bool:
-    """Empties a console's file that a server has made too long; tells whether it did. Who writes goes on (it appends).
-
-    Raises OSError.
-    """
-    if not console.exists() or console.stat().st_size <= _LONGEST_CONSOLE_BYTES:
-        return False
-    os.truncate(console, 0)
-    return True
-
-
-def last_line(console: Path) -> str:
-    """The last line with something in it, or words that say that there is none."""
-    with console.open("rb") as file:
-        file.seek(max(0, console.stat().st_size - _LAST_WORDS_BYTES))
-        lines = [line.strip() for line in file.read(_LAST_WORDS_BYTES).decode(errors="replace").splitlines()]
-    return next((line for line in reversed(lines) if line), "it ended without a word")

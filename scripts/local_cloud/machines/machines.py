@@ -11,13 +11,7 @@ from typing import IO
 from scripts.local_cloud.machine_interface import FirewallRule, MachineFailed, MachineSpec, PrivateLink
 from scripts.local_cloud.machines import base_image, seed
 from scripts.local_cloud.machines.cgroups import ControlGroups
-from scripts.local_cloud.machines.container import (
-    Containers,
-    Launch,
-    kill_leftovers,
-    machine_name,
-    shorten_console,
-)
+from scripts.local_cloud.machines.container import Containers, Launch, kill_leftovers, machine_name
 from scripts.local_cloud.machines.host import check_host
 from scripts.local_cloud.machines.host_settings import NAMESPACES
 from scripts.local_cloud.machines.metadata import MetadataService
@@ -232,13 +226,10 @@ class LocalMachines:
     def _watch_room(self) -> None:
         said: type[Exception] | None = None
         while not self._closing.wait(_WATCH_S):
-            running = self._containers.all_running()
+            if not self._containers.all_running():
+                continue
             try:
-                for server_id in running:
-                    if shorten_console(self.console(server_id)):
-                        self._log(f"server {server_id} filled its console's file, which begins anew")
-                if running:
-                    self.pool.make_room()
+                self.pool.make_room()
                 said = None
             except (MachineFailed, OSError) as error:
                 if type(error) is not said:  # the numbers in its words change all the time

@@ -15,6 +15,7 @@ from scripts.local_cloud.machine_interface import FirewallRule, MachineFailed, M
 from scripts.local_cloud.machines import (
     base_image,
     cgroups,
+    console,
     container,
     firewall,
     host,
@@ -297,27 +298,44 @@ def test_a_pool_that_finds_no_room_stays_as_it_was(tmp_path: Path) -> None:
     assert (tmp_path / "pool").stat().st_blocks * 512 < 2 << 20
 
 
+def feed(path: Path, *chunks: bytes) -> list[str]:
+    """What was told while a console said this."""
+    reader, writer = os.pipe()
+    for chunk in chunks:
+        os.write(writer, chunk)
+    os.close(writer)
+    told: list[str] = []
+    console.copy_console(os.fdopen(reader, "rb", buffering=0), path, lambda: told.append("long"))
+    return told
+
+
 def test_a_consoles_file_begins_anew_when_a_server_fills_it(tmp_path: Path) -> None:
-    """One that is long is emptied, others stay, and one that is not there is no error."""
-    console = tmp_path / "1.log"
-    assert not container.shorten_console(console)
-    console.write_bytes(b"x\n" * 1000)
-    assert not container.shorten_console(console)
-    assert console.stat().st_size == 2000
-    os.truncate(console, 17 << 20)
-    assert container.shorten_console(console)
-    assert console.read_bytes() == b""
+    """One that is long is emptied and told, others go on."""
+    path = tmp_path / "1.log"
+    assert feed(path, b"one\n") == []
+    assert feed(path, b"two\n") == []
+    assert path.read_bytes() == b"one\ntwo\n"
+    os.truncate(path, 17 << 20)
+    assert feed(path, b"three\n") == ["long"]
+    assert path.read_bytes() == b"three\n"
+
+
+def test_a_console_that_cannot_be_written_is_heard_to_its_end(tmp_path: Path) -> None:
+    """Who speaks must neither end nor wait because a disk is full."""
+    assert feed(Path("/dev/full"), b"x" * 30_000, b"y" * 30_000) == []
+    assert feed(tmp_path / "no-such-folder" / "1.log", b"x") == []
 
 
 def test_the_last_line_of_a_console_is_found_without_reading_all_of_it(tmp_path: Path) -> None:
-    """A terabyte of it, too; a console without a word is told so."""
-    console = tmp_path / "1.log"
-    console.touch()
-    assert container.last_line(console) == "it ended without a word"
-    os.truncate(console, 1 << 40)
-    with console.open("ab") as file:
+    """A terabyte of it, too; a console without a word, or none at all, is told so."""
+    path = tmp_path / "1.log"
+    assert console.last_line(path) == "it ended without a word"
+    path.touch()
+    assert console.last_line(path) == "it ended without a word"
+    os.truncate(path, 1 << 40)
+    with path.open("ab") as file:
         file.write(b"\nwhy it ended \r\n\n")
-    assert container.last_line(console) == "why it ended"
+    assert console.last_line(path) == "why it ended"
 
 
 def test_routes_of_the_host_keep_a_range_from_being_taken_twice() -> None:
