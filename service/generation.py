@@ -132,7 +132,9 @@ class Generator:
     def find_problem(self) -> str | None:
         """What keeps this whole node from serving, as told in the settings' problem file; None without one."""
         try:
-            return None if self.settings.problem_file is None else self.settings.problem_file.read_text().strip()
+            if self.settings.problem_file is None:
+                return None
+            return self.settings.problem_file.read_text().strip() or "this node has a problem that was not told"
         except FileNotFoundError:
             return None
         except (OSError, UnicodeDecodeError) as error:

@@ -600,6 +600,8 @@ def test_a_node_with_a_problem_serves_nothing_and_says_why(tmp_path: Path) -> No
     assert (ready.status_code, ready.json["status"], ready.json["reason"]) == (503, "failed", "api_keys: is missing")
     refused = bench.post({"prompt": "say x"})
     assert assert_problem(refused, 503, "node-problem")["detail"] == "api_keys: is missing"
+    problem.write_text("")  # a full disk may have kept its words, which makes it no better
+    assert bench.client.simulate_get("/ready").json["reason"] == "this node has a problem that was not told"
     problem.unlink()
     assert bench.post({"prompt": "say x"}).status_code == 200
 
