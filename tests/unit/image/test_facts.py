@@ -25,7 +25,8 @@ def check(tmp_path: Path, text: str | bytes | None) -> tuple[int, Path]:
     traefik.mkdir(exist_ok=True)
     if text is not None:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return facts.main(path, out, traefik, SCHEMA), out
+    (tmp_path / "instance-id").write_text("1\n")
+    return facts.main(path, out, traefik, SCHEMA, tmp_path / "instance-id", tmp_path / "facts_of.json"), out
 
 
 def test_the_example_becomes_keys_and_settings(tmp_path: Path) -> None:
@@ -52,6 +53,22 @@ def test_a_key_without_scopes_may_generate(tmp_path: Path) -> None:
 
 
 WRONG = [
+    (f"{RIGHT}price_eur_per_hour: .nan", "price_eur_per_hour: must be a number"),
+    (f"{RIGHT}price_eur_per_hour: .inf", "price_eur_per_hour: must be a number"),
+    (f"{PLACE}api_keys: [{KEY}, limits: {{parallel: 60.0}}}}]", "api_keys[0].limits.parallel: must be a whole number"),
+    (f"{PLACE}api_keys: [{KEY}, limits: {{parallel: true}}}}]", "api_keys[0].limits.parallel: must be a whole number"),
+    (f'{PLACE}api_keys: [{{name: a, sha256: "{HASH}\\n"}}]', "api_keys[0].sha256: must be the key's SHA-256"),
+    (f'{PLACE}api_keys: [{{name: "a\\n", sha256: {HASH}}}]', "api_keys[0].name: must be 1 to 64"),
+    (RIGHT.replace("llm.example.org", "|\n  llm.example.org"), "domain: must be the name that people reach"),
+    (f"{RIGHT}domain: b.example.org", "is not YAML: a name stands twice"),
+    (f"{PLACE}api_keys: [{KEY}, expires: 2027-02-30T00:00:00Z}}]", "is not YAML: day"),
+    (f"{RIGHT}price_eur_per_hour: 0x_", "is not YAML: "),
+    (f'{RIGHT}more: "\\ud800"', "holds half a character"),
+    (
+        f"domain: a.org\nacme: {{email: a@b.org, authority: '-----BEGIN CERTIFICATE----- x'}}\napi_keys: [{KEY}}}]",
+        "acme.authority: is no certificate",
+    ),
+    (f"{RIGHT}mllm_ZgFn6DbbQjpv2l0DiIOBSsX0sZMvAwr5: 1", "facts: a name is not known here"),
     (None, "is missing: write it with write_files"),
     ("", "facts: must be names with values"),
     ("[]", "facts: must be names with values"),
@@ -66,7 +83,7 @@ WRONG = [
     (f"domain: a.org\napi_keys: [{KEY}}}]", "facts: one of acme (to order the certificate) and certificate"),
     (f"domain: a.org\nacme: {{}}\napi_keys: [{KEY}}}]", "acme: email is missing"),
     (f"domain: a.org\nacme: {{email: me}}\napi_keys: [{KEY}}}]", "acme.email: must be an e-mail address"),
-    (f"{RIGHT}acme: {{email: a@b.org, server: http://x}}", "acme.server: must be the https:// address"),
+    (RIGHT.replace("a@example.org", "a@b.org, server: http://x"), "acme.server: must be the https:// address"),
     (f"domain: a.org\ncertificate: {{chain: x, key: y}}\napi_keys: [{KEY}}}]", "certificate.chain: must be the"),
     (PLACE + "api_keys: []", "api_keys: who may use the service, at least one"),
     (PLACE + "api_keys: {}", "api_keys: must be a list"),
@@ -127,6 +144,45 @@ def test_a_check_that_breaks_leaves_a_node_that_does_not_serve(tmp_path: Path) -
     """Whatever it breaks on; keys of an earlier check are gone as well."""
     _, out = check(tmp_path, RIGHT)
     with pytest.raises(FileNotFoundError):
-        facts.main(tmp_path / "facts.yaml", out, tmp_path / "traefik", tmp_path / "no-such-schema")
+        facts.main(*(tmp_path / name for name in ("facts.yaml", "out", "traefik", "no-schema", "instance", "memory")))
     assert [path.name for path in out.iterdir()] == ["problem"]
     assert (out / "problem").read_text() == "this node's facts were not checked\n"
+
+
+def test_facts_of_the_server_that_a_snapshot_was_made_of_are_refused(tmp_path: Path) -> None:
+    """A new server without facts of its own must not serve by another's keys; once it has some, it does."""
+    check(tmp_path, RIGHT)
+    names = ("facts.yaml", "out", "traefik")
+    paths = [tmp_path / name for name in names]
+
+    def boot(instance: str) -> int:
+        (tmp_path / "instance-id").write_text(instance)
+        return facts.main(*paths, SCHEMA, tmp_path / "instance-id", tmp_path / "facts_of.json")
+
+    assert boot("1") == 0
+    assert boot("2") == 1
+    assert "is another server's" in (tmp_path / "out" / "problem").read_text()
+    assert boot("2") == 1  # a reboot makes them no better
+    (tmp_path / "facts.yaml").write_text(RIGHT)
+    assert boot("2") == 0
+    assert boot("2") == 0
+
+
+def test_facts_that_others_could_read_are_closed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They may hold a key; cloud-init leaves files open unless told otherwise."""
+    (tmp_path / "facts.yaml").write_text(RIGHT)
+    (tmp_path / "facts.yaml").chmod(0o644)
+    assert check(tmp_path, RIGHT)[0] == 0
+    assert (tmp_path / "facts.yaml").stat().st_mode & 0o777 == 0o600
+    assert "could be read by others" in capsys.readouterr().out
+
+
+def test_whatever_is_wrong_can_be_told_through_the_proxy(tmp_path: Path) -> None:
+    """Its configuration shows /health and /ready alone, with a limit on the wait; with right facts there is more."""
+    told = "Path(`/health`) || Path(`/ready`)"
+    for text, shown in (("[]", told), (RIGHT, f"Host(`llm.example.org`) && ({told})")):
+        check(tmp_path, text)
+        routes = json.loads((tmp_path / "traefik" / "dynamic" / "node.yaml").read_text())["http"]
+        assert routes["routers"]["state"]["rule"].startswith(shown)
+        assert routes["serversTransports"]["state"]["forwardingTimeouts"]["responseHeaderTimeout"] == "5s"
+        assert (text == RIGHT) == ("metrics" in routes["routers"]["llm"]["rule"])

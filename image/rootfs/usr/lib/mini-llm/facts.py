@@ -8,6 +8,7 @@ each mistake.
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -22,6 +23,9 @@ import jsonschema
 import yaml
 
 SCHEMA = Path("/usr/share/mini-llm/facts.schema.json")
+INSTANCE = Path("/var/lib/cloud/data/instance-id")
+MEMORY = Path("/var/lib/mini-llm-node/facts_of.json")
+_LONGEST_TOLD_NAME = 24
 _LETS_ENCRYPT = "https://acme-v02.api.letsencrypt.org/directory"
 _LONGEST_ANSWER_S = 330  # the service's own limit for answers when it drains, and a little
 _LARGEST_BYTES = 32 << 10  # user-data as a whole have no more
@@ -33,6 +37,34 @@ class FactsWrong(Exception):
     def __init__(self, problems: list[str]):
         super().__init__("; ".join(problems))
         self.problems = problems
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain YAML, but a name that stands twice is a mistake: the last one would win, and nobody would know."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, "a name stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _is_whole_number(checker: object, value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(checker: object, value: object) -> bool:
+    return _is_whole_number(checker, value) or (isinstance(value, float) and math.isfinite(value))
+
+
+# 60.0 is an integer to JSON Schema, and .nan a number to YAML; to the service they are neither.
+_Validator = jsonschema.validators.extend(
+    jsonschema.Draft202012Validator,
+    type_checker=jsonschema.Draft202012Validator.TYPE_CHECKER.redefine_many(
+        {"integer": _is_whole_number, "number": _is_number}
+    ),
+)
 
 
 def read_facts(path: Path, schema: dict[str, Any]) -> dict[str, Any]:
@@ -49,17 +81,45 @@ def read_facts(path: Path, schema: dict[str, Any]) -> dict[str, Any]:
     if len(text) > _LARGEST_BYTES:
         raise FactsWrong([f"{path} is longer than {_LARGEST_BYTES} bytes"])
     try:
-        facts = yaml.safe_load(text.decode())
+        facts = yaml.load(text.decode(), _Loader)  # noqa: S506 - a loader of plain data
+        json.dumps(facts, ensure_ascii=False, default=str).encode()
     except UnicodeDecodeError as error:
         raise FactsWrong([f"{path} is not UTF-8: byte {error.start}"]) from error
-    except (yaml.YAMLError, RecursionError) as error:
+    except UnicodeEncodeError as error:
+        raise FactsWrong([f"{path} holds half a character, which no program could read"]) from error
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # a ValueError is a date or number that is none
         raise FactsWrong([f"{path} is not YAML: {_where(error)}"]) from error
-    found = jsonschema.Draft202012Validator(schema).iter_errors(facts)
+    found = _Validator(schema).iter_errors(facts)
     problems = [_describe(error) for error in sorted(found, key=lambda error: [str(part) for part in error.path])]
     problems += [*_find_twins(facts), *_find_bad_times(facts), *_find_certificate(facts)] if not problems else []
     if problems:
         raise FactsWrong(problems)
     return facts
+
+
+def find_stranger(facts: Path, instance: Path, memory: Path) -> str | None:
+    """Why the facts are another server's, or None: a snapshot of a node brings that node's along.
+
+    ``memory`` holds which instance (cloud-init's word for a server's life) was seen with which file; facts of a new
+    instance are its own only if cloud-init has written them since.
+    """
+    try:
+        now = {"instance": instance.read_text().strip(), "facts": _identify(facts)}
+    except FileNotFoundError:
+        return None  # without facts there is more to say than whose they are
+    try:
+        seen = json.loads(memory.read_text())
+    except (OSError, ValueError):
+        seen = None
+    if isinstance(seen, dict) and seen.get("facts") == now["facts"] and seen.get("instance") != now["instance"]:
+        return f"{facts} is another server's: this one was made from a snapshot of it, and its user-data brought none"
+    memory.write_text(json.dumps(now) + "\n")
+    return None
+
+
+def _identify(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_ino, status.st_size, status.st_mtime_ns]
 
 
 def keys_of(facts: dict[str, Any], now: datetime) -> dict[str, Any]:
@@ -138,8 +198,9 @@ def _traefik(facts: dict[str, Any]) -> dict[str, Any]:
 def _routes(facts: dict[str, Any] | None) -> dict[str, Any]:
     tls: dict[str, Any] = {"certResolver": "acme"} if facts and "acme" in facts else {}
     told = "Path(`/health`) || Path(`/ready`)"
-    rule = f"Host(`{facts['domain']}`) && !PathPrefix(`/metrics`)" if facts else told
-    own = {"entryPoints": ["https"], "service": "llm", "tls": tls}
+    rule = f"Host(`{facts['domain']}`) && !PathPrefix(`/metrics`)" if facts else "Path(`/ready`)"
+    own = {"entryPoints": ["https"], "tls": tls}
+    by_client = {"ipStrategy": {"ipv6Subnet": 64}}  # an IPv6 client has all addresses of its network
     hardened = {
         "stsSeconds": 31_536_000,
         "contentTypeNosniff": True,
@@ -147,27 +208,37 @@ def _routes(facts: dict[str, Any] | None) -> dict[str, Any]:
         "referrerPolicy": "no-referrer",
         "customResponseHeaders": {"Server": ""},
     }
+    balanced = {
+        "servers": [{"url": "http://127.0.0.1:8080"}],
+        "responseForwarding": {"flushInterval": "-1ms"},  # a piece is sent when it is there
+    }
+    # Shorter than the service keeps a connection (15 s), or a request could meet its end.
+    timeouts = {"dialTimeout": "5s", "idleConnTimeout": "10s"}
     document: dict[str, Any] = {
         "http": {
-            "routers": {"llm": {**own, "rule": rule, "middlewares": ["hardened", "rate", "parallel"]}},
+            "routers": {
+                "llm": {**own, "rule": rule, "service": "llm", "middlewares": ["hardened", "rate", "parallel"]},
+                # The longer rule goes first. These two answer at once or never.
+                "state": {
+                    **own,
+                    "rule": f"Host(`{facts['domain']}`) && ({told})" if facts else told,
+                    "service": "state",
+                    "middlewares": ["hardened", "rate"],
+                },
+            },
             "middlewares": {
                 "hardened": {"headers": hardened},
                 # By client address; the service's own limits, by key, are finer and lie behind these.
-                "rate": {"rateLimit": {"average": 50, "burst": 100}},
-                "parallel": {"inFlightReq": {"amount": 64, "sourceCriterion": {"ipStrategy": {"depth": 0}}}},
+                "rate": {"rateLimit": {"average": 50, "burst": 100, "sourceCriterion": by_client}},
+                "parallel": {"inFlightReq": {"amount": 64, "sourceCriterion": by_client}},
             },
             "services": {
-                "llm": {
-                    "loadBalancer": {
-                        "servers": [{"url": "http://127.0.0.1:8080"}],
-                        "responseForwarding": {"flushInterval": "-1ms"},  # a piece is sent when it is there
-                        "serversTransport": "llm",
-                    }
-                }
+                "llm": {"loadBalancer": {**balanced, "serversTransport": "llm"}},
+                "state": {"loadBalancer": {**balanced, "serversTransport": "state"}},
             },
             "serversTransports": {
-                # Shorter than the service keeps a connection (15 s), or a request could meet its end.
-                "llm": {"forwardingTimeouts": {"dialTimeout": "5s", "idleConnTimeout": "10s"}}
+                "llm": {"forwardingTimeouts": timeouts},
+                "state": {"forwardingTimeouts": {**timeouts, "responseHeaderTimeout": "5s"}},
             },
         },
         "tls": {"options": {"default": {"minVersion": "VersionTLS12"}}},
@@ -180,7 +251,7 @@ def _routes(facts: dict[str, Any] | None) -> dict[str, Any]:
 
 def _where(error: BaseException) -> str:
     mark = getattr(error, "problem_mark", None)
-    what = getattr(error, "problem", None) or type(error).__name__
+    what = getattr(error, "problem", None) or (str(error) if isinstance(error, ValueError) else type(error).__name__)
     return f"{what} (line {mark.line + 1})" if mark else str(what)
 
 
@@ -190,7 +261,12 @@ def _describe(error: jsonschema.ValidationError) -> str:
     match error.validator:
         case "additionalProperties":
             known = ", ".join(error.schema["properties"])
-            extra = ", ".join(repr(name) for name in error.instance if name not in error.schema["properties"])
+            # A long one may be a key that somebody took for a name.
+            extra = ", ".join(
+                repr(name) if len(str(name)) <= _LONGEST_TOLD_NAME else "a name"
+                for name in error.instance
+                if name not in error.schema["properties"]
+            )
             return f"{place}: {extra} is not known here; known are {known}"
         case "required":
             missing = next(name for name in error.validator_value if name not in error.instance)
@@ -233,7 +309,7 @@ def _find_certificate(facts: dict[str, Any]) -> list[str]:
     if ("acme" in facts) == ("certificate" in facts):
         return ["facts: one of acme (to order the certificate) and certificate (to bring it) must be there"]
     if "acme" in facts:
-        return []
+        return _find_authority(facts["acme"])
     certificate = facts["certificate"]
     with tempfile.TemporaryDirectory() as folder:
         chain, key = Path(folder) / "chain", Path(folder) / "key"
@@ -245,6 +321,16 @@ def _find_certificate(facts: dict[str, Any]) -> list[str]:
         except (OSError, ValueError) as error:  # an SSLError is an OSError
             reason = getattr(error, "reason", None) or "it cannot be read"
             return [f"certificate: chain and key do not fit each other or are damaged ({reason})"]
+    return []
+
+
+def _find_authority(acme: dict[str, Any]) -> list[str]:
+    if "authority" not in acme:
+        return []
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=acme["authority"])
+    except (OSError, ValueError):
+        return ["acme.authority: is no certificate, or a damaged one"]
     return []
 
 
@@ -263,6 +349,13 @@ def write_whole(path: Path, text: str, mode: int) -> None:
     unfinished.replace(path)
 
 
+def _close_to_others(facts: Path) -> None:
+    """Facts may hold a certificate's key, and cloud-init leaves a file readable to all if nobody says otherwise."""
+    if facts.exists() and facts.stat().st_mode & 0o077:
+        facts.chmod(0o600)
+        print(f"mini-llm: {facts} could be read by others; say permissions: '0600' in the user-data")
+
+
 def write_traefik(folder: Path, facts: dict[str, Any] | None) -> None:
     """Replaces Traefik's files; what is watched comes last."""
     shutil.rmtree(folder / "dynamic", ignore_errors=True)
@@ -275,18 +368,28 @@ def write_traefik(folder: Path, facts: dict[str, Any] | None) -> None:
         write_whole(folder / name, text, 0o640)
 
 
-def main(facts_path: Path, out: Path, traefik: Path, schema_path: Path = SCHEMA) -> int:
+def main(
+    facts_path: Path,
+    out: Path,
+    traefik: Path,
+    schema_path: Path = SCHEMA,
+    instance: Path = INSTANCE,
+    memory: Path = MEMORY,
+) -> int:
     """Checks and writes; the boundary where problems become lines."""
     write_whole(out / "problem", "this node's facts were not checked\n", 0o640)  # whatever happens from here on
     for name in ("keys.json", "node.env"):
         (out / name).unlink(missing_ok=True)
+    write_traefik(traefik, None)  # so that /ready can tell, whatever happens
     try:
+        _close_to_others(facts_path)
+        if stranger := find_stranger(facts_path, instance, memory):
+            raise FactsWrong([stranger])
         facts = read_facts(facts_path, json.loads(schema_path.read_text()))
     except FactsWrong as wrong:
         for problem in wrong.problems:
             print(f"mini-llm: this node does not serve: {re.sub(r'[^ -~]', '?', problem)}")
         write_whole(out / "problem", "\n".join(wrong.problems) + "\n", 0o640)
-        write_traefik(traefik, None)
         return 1
     write_traefik(traefik, facts)
     write_whole(out / "keys.json", json.dumps(keys_of(facts, datetime.now(UTC)), indent=1) + "\n", 0o640)
