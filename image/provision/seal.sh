@@ -16,8 +16,13 @@ forget_extra_authority() {
 # Host keys, machine-id and cloud-init's memory are made anew by each server.
 forget_identity() {
     rm -f /etc/ssh/ssh_host_* /root/.ssh/authorized_keys /root/.bash_history /root/.python_history /root/.lesshst
+    # Stopped, it writes its seed now; at the end of this server it would write another one, after the look below.
+    systemctl stop systemd-random-seed.service
     rm -f /etc/hostname /var/lib/docker/engine-id /var/lib/systemd/random-seed /var/lib/systemd/credential.secret /var/lib/dbus/machine-id
     cloud-init clean --logs --machine-id --seed --configs all
+    rm -rf /root/.config /root/.docker /root/.netrc /var/lib/mini-llm-traefik/* /var/lib/mini-llm-node/* /etc/shadow-
+    printf '127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n' > /etc/hosts
+    [ -L /etc/resolv.conf ] || : > /etc/resolv.conf
 }
 
 forget_logs() {

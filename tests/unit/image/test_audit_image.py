@@ -1,5 +1,6 @@
 """The audit finds what must be in no image, each thing by itself, and nothing in a tree that is clean."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,17 @@ def test_a_clean_image_has_no_findings(tree: Path) -> None:
         ("etc/shadow", "root::20000::::::\n", "root has an empty password"),
         ("opt/mini-llm/service/key.pem", PRIVATE_KEY, "a private key"),
         ("srv/note", "mllm_" + "a" * 32, "a key of the service"),
+        ("srv/note", "key=mllm_" + "0a" * 24, "a key of the service"),
+        ("srv/note", "mllm_" + "a" * 31 + "-", "a key of the service"),
+        ("srv/facts.json", json.dumps({"key": PRIVATE_KEY}), "a private key"),
+        ("root/.docker/config.json", "x", "settings of who baked"),
+        ("root/.config/hcloud/cli.toml", "x", "settings of who baked"),
+        ("root/.netrc", "x", "settings of who baked"),
+        ("var/lib/mini-llm-traefik/acme.json", "x", "certificates of another server"),
+        ("var/lib/mini-llm-node/facts_of.json", "x", "what another server remembers"),
+        ("var/lib/cloud/seed/nocloud/user-data", "x", "the user-data of another server"),
+        ("var/log/wtmp", "x", "a log of logins"),
+        ("etc/hosts", "127.0.1.1 mini-llm-bake-by-hand\n", "the name of who baked"),
         ("root/.env", "HCLOUD_TOKEN=" + "a" * 64, "a cloud token"),
     ],
 )

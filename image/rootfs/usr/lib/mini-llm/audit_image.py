@@ -21,6 +21,7 @@ _MUST_NOT_EXIST = (
     ("root/.*_history", "a history of commands"),
     ("home/*/.*_history", "a history of commands"),
     ("root/.cache", "a cache of who baked"),
+    *((f"root/{name}", "settings of who baked") for name in (".config", ".docker", ".netrc", ".aws", ".gitconfig")),
     ("var/lib/cloud/instance", "cloud-init's memory of another server"),
     ("var/lib/cloud/instances/*", "cloud-init's memory of another server"),
     ("var/lib/systemd/random-seed", "randomness that every server would share"),
@@ -32,14 +33,19 @@ _MUST_NOT_EXIST = (
     ("var/cache/apt/archives/*.deb", "downloaded packages"),
     ("var/log/apt/*", "a log of the bake"),
     ("var/log/*.log", "a log of the bake"),
+    ("var/log/[wb]tmp*", "a log of logins"),
     ("var/log/journal/*/*", "a log of the bake"),
     ("var/tmp/*", "something left over"),
     ("usr/local/share/ca-certificates/*", "an authority that is not Debian's"),
     ("etc/mini-llm/facts.yaml", "the facts of another server"),
     ("var/lib/mini-llm/keys.json", "keys of another server"),
+    ("var/lib/mini-llm-traefik/*", "certificates of another server"),
+    ("var/lib/mini-llm-node/*", "what another server remembers"),
     ("var/lib/mini-llm/audit/*", "an audit log of another server"),
     ("var/lib/mini-llm/counters*", "counters of another server"),
 )
+# Below these a local cloud, or who installs a server by hand, puts the user-data before the first boot.
+_SEEDS = "var/lib/cloud/seed/*"
 _NO_IDENTITY = ("", "uninitialized")
 _SEARCHED = (
     *("etc", "home", "root", "srv"),
@@ -47,8 +53,8 @@ _SEARCHED = (
 )
 _LARGEST_SEARCHED_BYTES = 1 << 20
 _SECRETS = (
-    (re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----\s+[A-Za-z0-9+/=]{40}"), "a private key"),
-    (re.compile(rb"\bmllm_[A-Za-z0-9_-]{32}\b"), "a key of the service"),
+    (re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----(?:\s|\\n)+[A-Za-z0-9+/=]{40}"), "a private key"),
+    (re.compile(rb"\bmllm_[A-Za-z0-9_-]{32,}"), "a key of the service"),
     (re.compile(rb"HCLOUD_TOKEN\s*=\s*['\"]?[A-Za-z0-9]{64}"), "a cloud token"),
 )
 # What its packages bring themselves, such as test vectors; nobody's secret.
@@ -65,6 +71,11 @@ def audit(root: Path, running: bool = False) -> list[str]:
         f"/{path.relative_to(root)}: {why}" for glob, why in _MUST_NOT_EXIST for path in sorted(root.glob(glob))
     ]
     identity = root / "etc/machine-id"
+    if not running:
+        findings += [f"/{path.relative_to(root)}: the user-data of another server" for path in root.glob(_SEEDS)]
+    hosts = root / "etc/hosts"
+    if hosts.exists() and "127.0.1.1" in hosts.read_text():
+        findings.append("/etc/hosts: the name of who baked")
     if not running and identity.exists() and identity.read_text().strip() not in _NO_IDENTITY:
         findings.append("/etc/machine-id: an identity")
     return [*findings, *_find_passwords(root / "etc/shadow"), *_find_secrets(root)]
