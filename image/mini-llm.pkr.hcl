@@ -46,7 +46,8 @@ build {
   sources = ["source.hcloud.node"]
 
   provisioner "shell" {
-    inline = ["cloud-init status --wait --long"]
+    inline           = ["cloud-init status --wait --long"]
+    valid_exit_codes = [0, 2] # 2: done, with something to complain about, such as a data source of its own
   }
 
   provisioner "file" {
@@ -68,6 +69,7 @@ build {
       "IMAGES=${join(" ", [for name, pin in local.pins.images : "${name}=${pin.image}@${pin.digest}"])}",
       "IMAGE_VERSION=${var.image_version}",
       "MODEL=${var.model_file == "" ? var.model : "${local.uploads}/${basename(var.model_file)}"}",
+      "MODEL_NAME=${var.model}",
       "EXTRA_CA=${var.extra_ca_file == "" ? "" : "${local.uploads}/${basename(var.extra_ca_file)}"}",
       "DEBIAN_FRONTEND=noninteractive",
     ]

@@ -4,7 +4,8 @@ set -eu
 
 upgrade() {
     apt-get -qq update
-    apt-get -qq -y -o Dpkg::Use-Pty=0 dist-upgrade >/dev/null
+    # What an earlier bake has configured stays, where Debian has another default now.
+    apt-get -qq -y -o Dpkg::Use-Pty=0 -o Dpkg::Options::=--force-confold dist-upgrade >/dev/null
 }
 
 install_packages() {
@@ -26,6 +27,8 @@ install_packages() {
 remove_what_changes_a_node() {
     apt-get -qq -y purge unattended-upgrades >/dev/null 2>&1 || true # not there on most bases
     systemctl mask --quiet apt-daily.timer apt-daily-upgrade.timer
+    # It would wait at the console for somebody to choose a locale, at each first boot.
+    systemctl mask --quiet systemd-firstboot.service
 }
 
 boot_to_a_server() {
@@ -33,7 +36,7 @@ boot_to_a_server() {
 }
 
 lock_passwords() {
-    passwd --quiet --lock root
+    usermod --password '!*' root # not only locked: an old password's hash would stay behind the lock
 }
 
 upgrade

@@ -3,4 +3,4 @@
 set -eu
 
 cd "$UPLOADS"
-python3 provision/place_model.py "$MODEL" /opt/mini-llm/models
+python3 provision/place_model.py "$MODEL" "$MODEL_NAME" /opt/mini-llm/models

@@ -1,8 +1,8 @@
-"""Places the model in the image: python3 place_model.py MODEL FOLDER, run where the service's code was uploaded.
+"""Places the model in the image: python3 place_model.py MODEL NAME FOLDER, run where the service's code was uploaded.
 
-MODEL is ``starter``, a name of the service's catalogue, or the path of a file. FOLDER then holds that file alone, and
-``model.json`` beside it, which says what it is: file, sha256, size_bytes, name. Plain Python, for no layer that would
-bring more is there yet.
+MODEL is ``starter``, a name of the service's catalogue, or the path of a file; NAME is reported. FOLDER then holds that
+file alone, and ``model.json`` beside it, which says what it is: file, sha256, size_bytes, name. Plain Python, for no
+layer that would bring more is there yet.
 """
 
 import json
@@ -17,7 +17,7 @@ from service.errors import ServiceError
 from service.models import fetch, open_verified, resolve
 
 
-def place(model: str, folder: Path) -> None:
+def place(model: str, name: str, folder: Path) -> None:
     """Brings the file, verifies it and describes it. Raises ServiceError, OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     found = resolve(model, folder)
@@ -31,7 +31,7 @@ def place(model: str, folder: Path) -> None:
     target.chmod(0o444)
     verified = open_verified(target, found.sha256, folder)
     verified.file.close()
-    known = {"file": target.name, "sha256": verified.sha256, "size_bytes": verified.size_bytes, "name": model}
+    known = {"file": target.name, "sha256": verified.sha256, "size_bytes": verified.size_bytes, "name": name}
     for other in folder.iterdir():
         if other != target:
             other.unlink()
@@ -41,6 +41,6 @@ def place(model: str, folder: Path) -> None:
 
 if __name__ == "__main__":
     try:
-        place(sys.argv[1], Path(sys.argv[2]))
+        place(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
     except (ServiceError, OSError) as error:
         sys.exit(f"error: {error}")

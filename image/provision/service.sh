@@ -47,9 +47,10 @@ write_settings() {
 record_golden_answer() {
     install -d -o mini-llm -g mini-llm -m 0700 "$STATE"
     cd "$HOME_OF_ALL"
-    # shellcheck disable=SC2046 # one variable a line, none with blanks
-    setpriv --reuid mini-llm --regid mini-llm --clear-groups env -i PATH="$PATH" \
-        $(cat /etc/mini-llm/service.env) venv/bin/python -m service record
+    settings=$(cat /etc/mini-llm/service.env)
+    # shellcheck disable=SC2086 # one variable a line, none with blanks
+    setpriv --reuid mini-llm --regid mini-llm --clear-groups env -i PATH="$PATH" $settings \
+        venv/bin/python -m service record
 }
 
 enable_units() {

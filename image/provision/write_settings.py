@@ -23,8 +23,9 @@ def main(image_version: str) -> None:
         "LLM_MODEL_SHA256": model["sha256"],
         "LLM_MODEL_NAME": model["name"],
         "LLM_STATE_DIR": "/var/lib/mini-llm",
+        "LLM_KEYS_FILE": "/run/mini-llm/keys.json",
     }
-    if model["name"] == "starter":
+    if model["name"] == "starter":  # also of a file whose name nobody gave
         del settings["LLM_MODEL_NAME"]  # the file says itself that it is the starter
     image = {"version": image_version, "baked": datetime.now(UTC).isoformat(timespec="seconds"), "model": model}
     files = {

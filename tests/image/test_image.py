@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from hcloud.images import BoundImage
+from hcloud.server_types import ServerType
 from hcloud.ssh_keys import BoundSSHKey
 
 from scripts.local_cloud.machines.network import tag_of, transfer_addresses
@@ -82,6 +83,8 @@ def test_it_serves_without_the_outside(cloud: LocalCloud, served: Node) -> None:
     )
     assert json.loads(served.run("cat /var/lib/mini-llm-node/image_audit.json")) == {"findings": []}
     assert served.run("systemctl --failed --no-legend").strip() == ""
+    names = ("ipv4.conf.eth0.rp_filter", "ipv4.conf.eth0.send_redirects", "ipv6.conf.eth0.accept_redirects")
+    assert served.run(f"sysctl -n {' '.join(f'net.{name}' for name in names)}").split() == ["2", "0", "0"]
     # When memory ends the engine goes first, and the model's pages last.
     assert served.run("cat /proc/$(pgrep -f '[s]ervice.engine.worker')/oom_score_adj").strip() == "800"
     kept = served.run("systemctl show -P MemoryMin model.slice; stat -c %s /opt/mini-llm/models/*.gguf").split()
@@ -193,6 +196,10 @@ def test_what_is_open_and_who_may_log_in(served: Node) -> None:
     )
     assert done.returncode == 255
     assert "Permission denied (publickey)" in done.stderr
+    # The node's own rules go and come without Docker's.
+    tables = served.run("systemctl restart nftables && nft list tables")
+    assert "table inet node" in tables
+    assert "table ip nat" in tables
     # Only root itself may ask the metadata service, which holds the user-data.
     ask = "curl -s -m 2 -o /dev/null -w '%{http_code}' http://169.254.169.254/hetzner/v1/userdata || true"
     assert served.run(ask).strip() == "200"
@@ -216,6 +223,24 @@ def test_wrong_facts_are_told_and_nothing_is_served(
         assert refused in ("401", "503")
         console = (cloud.state / "consoles" / f"{own.server.id}.log").read_text(errors="replace")
         assert f"this node does not serve: {expected}" in console
+
+
+def test_a_snapshot_of_a_node_is_not_that_node(cloud: LocalCloud, served: Node, known: BoundSSHKey) -> None:
+    """Without facts of its own it serves nobody, whatever it has of the other's; and says so."""
+    client = cloud.client()
+    made = served.server.create_image("of a node that serves")
+    made.action.wait_until_finished()
+    copy = client.servers.create("copy", ServerType(name="cx23"), made.image, ssh_keys=[known])
+    try:
+        own = replace(served, server=copy.server, address=str(copy.server.public_net.ipv4.ip))
+        end_s = time.monotonic() + 30
+        while "is another server's" not in (answer := own.curl("/ready", "--insecure")[1]):
+            assert time.monotonic() < end_s, answer
+            time.sleep(0.2)
+        assert own.ask("/generate", {"prompt": "x"}, None, "--insecure")[0] == 404
+    finally:
+        copy.server.delete().wait_until_finished()
+        made.image.delete()
 
 
 def test_it_serves_again_after_whatever_happens(served: Node) -> None:

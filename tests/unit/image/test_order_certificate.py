@@ -1,6 +1,7 @@
 """The certificate's order is repeated until it was served, and not more often than the authority bears."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,13 @@ def test_an_order_that_failed_is_made_again_with_pauses(traefik: Path) -> None:
     assert len(seen) == 7
 
 
-@pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", '{"acme": null}', '{"acme": {"Certificates": null}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(None, "", "{", "[]", "{}", '{"a": "x"}', '{"acme": null}', '{"acme": {"Certificates": null}}'),
+        *('{"acme": {"Certificates": [1]}}', '{"acme": {"Certificates": [{"domain": 1}]}}', "[" * 100_000),
+    ],
+)
 def test_a_store_without_the_certificate_is_none(tmp_path: Path, content: str | None) -> None:
     """Whatever state it is in."""
     if content is not None:
@@ -49,3 +56,16 @@ def test_a_store_without_the_certificate_is_none(tmp_path: Path, content: str | 
 def test_a_certificate_at_hand_is_not_ordered(tmp_path: Path) -> None:
     """There is nothing to wait for."""
     assert order_certificate.main(tmp_path, tmp_path / "acme.json", lambda pause_s: pytest.fail("it waited")) == 0
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link", "folder"])
+def test_a_store_that_is_no_file_is_none(tmp_path: Path, kind: str) -> None:
+    """Traefik's user may make anything of it; root must neither wait for it nor read without end."""
+    store = tmp_path / "acme.json"
+    if kind == "pipe":
+        os.mkfifo(store)
+    elif kind == "link":
+        store.symlink_to("/dev/zero")
+    else:
+        store.mkdir()
+    assert not order_certificate.is_there(store, "llm.example.org")
