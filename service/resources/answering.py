@@ -142,11 +142,14 @@ class _EventStream:
                     yield self._data(shape.piece(event.text))
                 elif time.monotonic() - self._last_byte_s > _COMMENT_EVERY_S:
                     yield self._sent(b": waiting\n\n")
+            # Before the last word: whoever has read it may ask again at once, and finds slot, place and tokens free.
+            generation.close()
             for document in shape.last(generation):
                 yield self._data(document)
             if shape.terminator:
                 yield self._sent(shape.terminator)
         except ServiceError as error:
+            generation.close()
             problem = problems.describe_error(error)
             if problem.status == 500:
                 self._log.write_failure(self._environ[accounts.REQUEST_ID], error)

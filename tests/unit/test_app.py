@@ -262,6 +262,19 @@ def test_stream_that_is_never_read_gives_its_slot_back(bench: Bench) -> None:
     assert bench.log()[-1]["event"] == "request"
 
 
+@pytest.mark.parametrize("prompt", ["say a b", "fail"])
+def test_the_last_word_of_a_stream_comes_when_all_is_free_again(bench: Bench, prompt: str) -> None:
+    """Whoever has it may ask again at once, and must meet neither the slot nor the limits of the answer before."""
+    headers = {"Content-Type": "application/json"}
+    body = json.dumps({"prompt": prompt, "stream": True})
+    environ = falcon.testing.create_environ("/generate", method="POST", body=body, headers=headers)
+    response: Any = bench.client.app(environ, lambda status, headers, exc_info=None: None)
+    seen = [(event, bench.scheduler.counts()) for event in response]
+    response.close()
+    assert b'"done": true' in seen[-1][0] or b"event: error" in seen[-1][0]
+    assert seen[-1][1] == (0, 0)
+
+
 def test_queue_is_bounded(bench: Bench) -> None:
     """One running and two waiting; the fourth is refused, and all others are answered."""
     results: list[int] = []
