@@ -86,6 +86,20 @@ class Bench:
         headers = {"Content-Type": "application/json", **more.pop("headers", {})}
         return self.client.simulate_post("/generate", body=body, headers=headers)
 
+    def open_stream(self, prompt: str) -> Any:
+        """The body of an answer as a server gets it: events to read one by one, and a close."""
+        told: list[str] = []
+        environ = falcon.testing.create_environ(
+            "/generate",
+            method="POST",
+            host="127.0.0.1:8080",
+            headers={"Content-Type": "application/json"},
+            body=json.dumps({"prompt": prompt, "stream": True}),
+        )
+        body = self.client.app(environ, lambda status, headers, exc_info=None: told.append(status))
+        assert told == ["200 OK"]
+        return body
+
     def log(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.lines.getvalue().splitlines()]
 
@@ -253,10 +267,8 @@ def test_stream(bench: Bench) -> None:
 
 def test_stream_that_is_never_read_gives_its_slot_back(bench: Bench) -> None:
     """A server that closes a response before it reads the first byte leaves no slot taken."""
-    headers = {"Content-Type": "application/json"}
-    body = '{"prompt": "pause 0.01", "stream": true}'
-    environ = falcon.testing.create_environ("/generate", method="POST", body=body, headers=headers)
-    response: Any = bench.client.app(environ, lambda status, headers, exc_info=None: None)
+    response = bench.open_stream("pause 0.01")
+    assert sum(bench.scheduler.counts()) == 1
     response.close()
     assert bench.scheduler.counts() == (0, 0)
     assert bench.log()[-1]["event"] == "request"
@@ -265,13 +277,11 @@ def test_stream_that_is_never_read_gives_its_slot_back(bench: Bench) -> None:
 @pytest.mark.parametrize("prompt", ["say a b", "fail"])
 def test_the_last_word_of_a_stream_comes_when_all_is_free_again(bench: Bench, prompt: str) -> None:
     """Whoever has it may ask again at once, and must meet neither the slot nor the limits of the answer before."""
-    headers = {"Content-Type": "application/json"}
-    body = json.dumps({"prompt": prompt, "stream": True})
-    environ = falcon.testing.create_environ("/generate", method="POST", body=body, headers=headers)
-    response: Any = bench.client.app(environ, lambda status, headers, exc_info=None: None)
+    response = bench.open_stream(prompt)
     seen = [(event, bench.scheduler.counts()) for event in response]
     response.close()
-    assert b'"done": true' in seen[-1][0] or b"event: error" in seen[-1][0]
+    assert sum(seen[0][1]) == 1
+    assert b'"done":true' in seen[-1][0] or b"event: error" in seen[-1][0]
     assert seen[-1][1] == (0, 0)
 
 
