@@ -100,7 +100,7 @@ def test_it_serves_without_the_outside(cloud: LocalCloud, served: Node) -> None:
     assert "counter packets 0 bytes 0 drop" in rules, rules
 
 
-def test_the_proxy(served: Node) -> None:
+def test_the_proxy(cloud: LocalCloud, served: Node) -> None:
     """HTTP leads to HTTPS, the metrics stay inside, headers protect, and no secret gets into its log."""
     status, _ = served.curl("/generate", "-o", "/dev/null", scheme="http")
     assert status in (301, 308)
@@ -124,7 +124,9 @@ def test_the_proxy(served: Node) -> None:
     assert "docker.sock" not in json.dumps(host)
     assert served.run("grep -h CapEff /proc/$(pgrep -x traefik)/status").split()[1] == "0" * 16
     # The service sees who asked, not the proxy.
-    audited = served.run("tail -n 3 /var/lib/mini-llm/audit/*.jsonl")
+    assert served.ask("/generate", {"prompt": "x", "max_tokens": 1})[0] == 200
+    audited = served.run("tail -n 2 /var/lib/mini-llm/audit/*.jsonl")
+    assert f'"{transfer_addresses(tag_of(cloud.state))[0]}"' in audited
     assert '"127.0.0.1"' not in audited
 
 

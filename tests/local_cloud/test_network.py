@@ -1,6 +1,8 @@
 """Firewalls that really filter, and floating addresses that really move, through Hetzner's own client."""
 
+import re
 import socket
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -190,6 +192,10 @@ def test_servers_are_cut_off_from_the_outside(cloud: LocalCloud, servers: list[B
         assert seen() == ["reached", "reached"]
         cut_off(cloud, "left")
         assert seen() == ["nobody", "reached"]
+        tag = tag_of(cloud.state)
+        chain = ["ip", "netns", "exec", f"mlc-{tag}", "nft", "list", "chain", "inet", f"mlc_{tag}", "outside"]
+        counted = subprocess.run(chain, capture_output=True, text=True, check=True).stdout
+        assert re.search(r"counter packets [1-9]\d* bytes [1-9]\d* drop", counted), counted
         assert ssh(key, address_of(left), look.format(address_of(right), 22)).strip() == "reached"
         cut_off(cloud, "*")
         assert seen() == ["nobody", "nobody"]
