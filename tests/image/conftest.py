@@ -8,10 +8,19 @@ import pytest
 from hcloud.images import BoundImage
 from hcloud.ssh_keys import BoundSSHKey
 
+from scripts.local_cloud.machines.host import HostUnfit, require_tools
 from tests.image.harness import Node, bake, cut_off, node
 from tests.local_cloud.conftest import host, key  # noqa: F401 - fixtures
 from tests.local_cloud.harness import LocalCloud, running_cloud
 from tests.programs import ProgramMissing
+
+TOOLS = {  # program -> Debian package that brings it
+    "curl": "curl",
+    "docker-registry": "docker-registry",
+    "openssl": "openssl",
+    "pebble": "pebble",
+    "pebble-challtestsrv": "pebble",
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -22,7 +31,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def cloud(host: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCloud]:  # noqa: F811
+def tools() -> None:
+    """What stands in for the world outside; where it is missing, each test says so and what to install."""
+    try:
+        require_tools(TOOLS)
+    except HostUnfit as error:
+        if os.environ.get("CI"):
+            raise  # there it must run
+        pytest.skip(f"did not run: {error}")
+
+
+@pytest.fixture(scope="session")
+def cloud(host: None, tools: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCloud]:  # noqa: F811
     """A local cloud with what Packer's plugin of 2022 needs."""
     folder = tmp_path_factory.mktemp("image")
     arguments = ("--old-clients", "--requests-per-hour", "100000")
