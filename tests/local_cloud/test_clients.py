@@ -94,7 +94,8 @@ def test_hcloud_python_power_and_rebuild(client: Client, key: Path, known_key: B
 def test_power_off_from_inside_is_seen(client: Client, key: Path, known_key: BoundSSHKey) -> None:
     """A server that goes off by itself is off for the API too."""
     with server(client, "tired", DEBIAN, known_key) as tired:
-        ssh(key, address_of(tired), "systemctl poweroff --no-block")
+        # A second later: had it cut this very connection, SSH's failure would be tried again at a server that is off.
+        ssh(key, address_of(tired), "systemd-run --quiet sh -c 'sleep 1; systemctl poweroff'")
         wait_until_off(client, tired.id)
 
 
