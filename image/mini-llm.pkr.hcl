@@ -67,6 +67,7 @@ build {
     environment_vars = [
       "UPLOADS=${local.uploads}",
       "IMAGES=${join(" ", [for name, pin in local.pins.images : "${name}=${pin.image}@${pin.digest}"])}",
+      "CONTAINERS=${jsonencode(local.pins.images)}",
       "IMAGE_VERSION=${var.image_version}",
       "MODEL=${var.model_file == "" ? var.model : "${local.uploads}/${basename(var.model_file)}"}",
       "MODEL_NAME=${var.model}",

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from service.access import Caller
+from service.boot import Timeline
 from service.engine.interface import Completion, GenerationRequest, Piece
 from service.engine.process import EngineProcess, Stream
 from service.errors import ContextExceeded, EngineLost, ServiceError, Unavailable
@@ -90,6 +91,7 @@ class Generator:
         self.running: set[Generation] = set()
         self._counting: dict[str, threading.Lock] = {}  # by owner: counting goes from one to the next, as turns do
         self.started_at = int(time.time())  # seconds since the epoch
+        self.timeline = None if settings.boot_dir is None else Timeline(settings.boot_dir)
 
     @property
     def model_name(self) -> str:
@@ -123,6 +125,11 @@ class Generator:
             raise
         self.metrics.prompt_tokens.inc(account.prompt_tokens)
         return Generation(self, ticket, lease, request, deadline_s, client, account)
+
+    def note(self, event: str) -> None:
+        """Something has happened for the first time, for the timeline of a node's boot."""
+        if self.timeline is not None:
+            self.timeline.note(event)
 
     def cut_off(self) -> None:
         """Ends the connections of what still runs: the last means, for clients that do not read their answer."""
@@ -256,6 +263,7 @@ class Generation:
                 self._stream.cancel()
             if text and self.account.first_text_s is None:
                 self.account.first_text_s = time.monotonic() - self.account.started_s
+                self._generator.note("first_token")
             self._look_after_client()
             return Text(text) if text else Waiting()
         self._look_after_client()

@@ -98,6 +98,9 @@ class Metrics:
         self.refusals = Counter(
             "llm_refusals_total", "Requests refused for want of room or time.", ["reason"], registry=registry
         )
+        # There from the start: a rate of what appears with its first event does not see that event.
+        for reason in ("queue_full", "queue_timeout", "deadline"):
+            self.refusals.labels(reason)
         self.cancelled = Counter(
             "llm_cancelled_total", "Generations ended before their time.", ["reason"], registry=registry
         )

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, get_args
 
+from service.boot import EVENTS
 from service.engine.interface import Description
 from service.engine.process import Phase
 from service.openai_schema import (
@@ -208,6 +209,7 @@ def _describe_state() -> Schema:
                 "service": _STRING,
                 "version": _STRING,
                 "image": _nullable(_object({"version": _STRING, "baked": _STRING})),
+                "boot": _nullable(_object({f"{event}_s": _nullable(_AMOUNT) for event in EVENTS})),
                 "keys_required": _FLAG,
                 "engine": _nullable(_object({**engine, **dict.fromkeys(("slots", "threads", "batch_tokens"), _COUNT)})),
                 "model": _nullable(_object({**served, "parameters": _COUNT, "context_length": _COUNT})),

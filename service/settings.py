@@ -64,6 +64,7 @@ class Settings:
     announce: bool = False
     problem_file: Path | None = None
     image_file: Path | None = None
+    boot_dir: Path | None = None
     engine_adapter: str = "service.engine.gpt4all_adapter"
 
     @property
@@ -201,6 +202,7 @@ SETTINGS: dict[str, Setting] = {
     "announce": Setting(_parse_switch, "1: print a curl line once the model is ready"),
     "problem_file": Setting(_parse_path, "a file that says, if it exists, why this node must not serve"),
     "image_file": Setting(_parse_path, "a JSON file that says what image this is, shown by /version"),
+    "boot_dir": Setting(_parse_path, "a folder where a node's units note when what happened, for /version"),
     "engine_adapter": Setting(_parse_text, "module of the engine's adapter"),
 }
 

@@ -83,6 +83,7 @@ class Runtime:
             if state.phase == "ready" and description is not None:
                 self.scheduler.set_slots(description.slots)
                 self._learn_speed()
+                self.generator.note("model")
             self.log.write("engine", phase=state.phase, reason=state.reason, restarts=self.engine.restarts)
             if state.phase == "ready" and self.settings.announce and not announced:
                 announced = True

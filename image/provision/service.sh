@@ -55,8 +55,8 @@ record_golden_answer() {
 
 enable_units() {
     systemctl enable --quiet nftables.service mini-llm.socket mini-llm.service mini-llm-facts.service \
-        mini-llm-model.service mini-llm-audit.service mini-llm-stack.service \
-        mini-llm-certificate.service
+        mini-llm-model.service mini-llm-audit.service mini-llm-boot.service mini-llm-stack.service \
+        mini-llm-monitoring.service mini-llm-certificate.service mini-llm-report.socket
 }
 
 list_packages() {

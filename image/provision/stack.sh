@@ -8,6 +8,13 @@ fetch_image() {
     docker tag "$2" "mini-llm/$1:baked"
 }
 
+# For the node's report.
+list_containers() {
+    install -d -m 0755 /usr/share/mini-llm
+    printf '%s\n' "$CONTAINERS" > /usr/share/mini-llm/containers.json
+}
+
+list_containers
 for pin in $IMAGES; do
     fetch_image "${pin%%=*}" "${pin#*=}"
 done

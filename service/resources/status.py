@@ -62,7 +62,7 @@ class MetricsResource:
 
 
 class VersionResource:
-    """``GET /version``: service, image, engine and model; the model is null until it was loaded once."""
+    """``GET /version``: service, image, boot, engine and model; the model is null until it was loaded once."""
 
     def __init__(self, generator: Generator, image: dict[str, str] | None):
         """``image`` is what the node was baked as, None elsewhere."""
@@ -74,6 +74,7 @@ class VersionResource:
             "service": "mini-llm",
             "version": __version__,
             "image": self._image,
+            "boot": None if self._generator.timeline is None else self._generator.timeline.tell(),
             "keys_required": self._generator.settings.keys_required,
             "engine": None,
             "model": None,

@@ -22,10 +22,27 @@ from hcloud.ssh_keys import BoundSSHKey
 from scripts.local_cloud.machines.network import tag_of, transfer_addresses
 from tests.image.registry import make_certificate, running_registry
 from tests.local_cloud.harness import TOKEN, LocalCloud, free_port, ssh
-from tests.programs import PACKER, PACKER_PLUGIN_HCLOUD, TRAEFIK, obtain
+from tests.programs import (
+    ALERTMANAGER,
+    GRAFANA_STAND_IN,
+    NODE_EXPORTER,
+    PACKER,
+    PACKER_PLUGIN_HCLOUD,
+    PROMETHEUS,
+    TRAEFIK,
+    obtain,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 DOMAIN = "llm.test"
+# What the image's containers hold in tests; Grafana cannot be had there.
+CONTAINERS = {
+    "traefik": TRAEFIK,
+    "prometheus": PROMETHEUS,
+    "alertmanager": ALERTMANAGER,
+    "node-exporter": NODE_EXPORTER,
+    "grafana": GRAFANA_STAND_IN,
+}
 _BAKE_TIMEOUT_S = 900
 # Where an index is reached through a network that inspects TLS, its authority stands among the host's.
 _HOST_AUTHORITIES = Path("/etc/ssl/certs/ca-certificates.crt")
@@ -49,7 +66,7 @@ def bake(cloud: LocalCloud, folder: Path, **variables: str) -> BoundImage:
     host, _ = transfer_addresses(tag_of(cloud.state))  # where servers reach this host
     with running_registry(folder, host, free_port()) as registry:
         pins = json.loads((ROOT / "image" / "pins.json").read_text())
-        for name, program in {"traefik": TRAEFIK}.items():
+        for name, program in CONTAINERS.items():
             digest = registry.push_program(name, obtain(program))
             pins["images"][name] = {"image": f"{registry.address}/{name}", "version": program.version, "digest": digest}
         (folder / "pins.json").write_text(json.dumps(pins))
@@ -69,18 +86,19 @@ class Node:
     address: str
     key_file: Path
     api_key: str
+    password: str  # of the monitoring's user
     authority: Path  # of its certificate, which it brought itself
 
     def run(self, command: str) -> str:
         """What a command on the node prints."""
         return ssh(self.key_file, self.address, command)
 
-    def curl(self, path: str, *words: str, scheme: str = "https") -> tuple[int, str]:
+    def curl(self, path: str, *words: str, scheme: str = "https", host: str = DOMAIN) -> tuple[int, str]:
         """Status and body of a request to the node by its name, from outside; 0 where nobody answers."""
         options = ["-s", "--max-time", "60", "-w", "\n%{http_code}", "--cacert", str(self.authority)]
-        options += [word for port in (80, 443) for word in ("--resolve", f"{DOMAIN}:{port}:{self.address}")]
+        options += [word for port in (80, 443) for word in ("--resolve", f"{host}:{port}:{self.address}")]
         done = subprocess.run(
-            ["curl", *options, *words, f"{scheme}://{DOMAIN}{path}"], capture_output=True, text=True, timeout=90
+            ["curl", *options, *words, f"{scheme}://{host}{path}"], capture_output=True, text=True, timeout=90
         )
         body, _, status = done.stdout.rpartition("\n")
         return int(status), body
@@ -94,6 +112,18 @@ class Node:
             more += ["-H", "Content-Type: application/json", "-d", json.dumps(body)]
         return self.curl(path, *more)
 
+    def see(self, path: str, *words: str) -> Any:
+        """What the monitoring says to its user, as JSON; fails with what it said instead."""
+        own = ("-u", f"operator:{self.password}")
+        status, body = self.curl(path, *own, *words, host=f"monitoring.{DOMAIN}")
+        assert status == 200, (path, status, body)
+        return json.loads(body)
+
+    def query(self, expression: str) -> list[dict[str, Any]]:
+        """The series that Prometheus answers with."""
+        answer = self.see("/prometheus/api/v1/query", "--get", "--data-urlencode", f"query={expression}")
+        return list(answer["data"]["result"])
+
     def wait_ready(self, patience_s: float = 60.0) -> dict[str, Any]:
         """What /ready says once it is ready."""
         end_s = time.monotonic() + patience_s
@@ -103,6 +133,11 @@ class Node:
                 return dict(json.loads(answer))
             assert time.monotonic() < end_s, answer
             time.sleep(0.2)
+
+
+def _hash_password(password: str) -> str:
+    done = subprocess.run(["openssl", "passwd", "-apr1", "-stdin"], input=password, capture_output=True, text=True)
+    return done.stdout.strip()
 
 
 def facts_file(content: str) -> str:
@@ -120,11 +155,15 @@ def node(
     key_file: Path,
     facts: str | None = None,
     acme: dict[str, str] | None = None,
+    more: dict[str, Any] | None = None,
 ) -> Iterator[Node]:
-    """A node with one API key and a certificate of its own, or one to order; or with the facts given. Deleted after."""
-    api_key = f"mllm_{secrets.token_hex(16)}"
+    """A node with one API key and a certificate of its own, or one to order; or with the facts given. Deleted after.
+
+    ``more`` are further facts beside these.
+    """
+    api_key, password = f"mllm_{secrets.token_hex(16)}", secrets.token_hex(16)
     with tempfile.TemporaryDirectory() as folder:
-        chain, secret = make_certificate(Path(folder), f"DNS:{DOMAIN}")
+        chain, secret = make_certificate(Path(folder), f"DNS:{DOMAIN}", f"DNS:monitoring.{DOMAIN}")
         right: dict[str, Any] = {
             "domain": DOMAIN,
             "certificate": {"chain": chain.read_text(), "key": secret.read_text()},
@@ -135,7 +174,9 @@ def node(
                     "scopes": ["generate", "metrics"],
                 }
             ],
+            "monitoring": {"user": "operator", "password_hash": _hash_password(password)},
             "price_eur_per_hour": 0.0136,
+            **(more or {}),
         }
         if acme is not None:
             del right["certificate"]
@@ -150,7 +191,7 @@ def node(
         try:
             for action in (made.action, *made.next_actions):
                 action.wait_until_finished()
-            yield Node(made.server, str(made.server.public_net.ipv4.ip), key_file, api_key, chain)
+            yield Node(made.server, str(made.server.public_net.ipv4.ip), key_file, api_key, password, chain)
         finally:
             made.server.delete().wait_until_finished()
 

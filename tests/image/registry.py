@@ -39,13 +39,13 @@ class Registry:
     authority: Path
 
     def push_program(self, name: str, program: Path) -> str:
-        """Makes an image that holds this one file, as ``/name``, and starts it; returns the manifest's digest."""
+        """Makes an image that holds this one file, as ``/bin/name``, and starts it; returns the manifest's digest."""
         layer = _tar_of(name, program)
         blob = gzip.compress(layer, compresslevel=1, mtime=0)
         config = {
             "architecture": "amd64",
             "os": "linux",
-            "config": {"Entrypoint": [f"/{name}"]},
+            "config": {"Entrypoint": [f"/bin/{name}"]},
             "rootfs": {"type": "layers", "diff_ids": [_digest(layer)]},
         }
         configured = json.dumps(config).encode()
@@ -83,7 +83,7 @@ def _descriptor(media_type: str, content: bytes) -> dict[str, Any]:
 def _tar_of(name: str, program: Path) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
-        entry = tar.gettarinfo(program, name)
+        entry = tar.gettarinfo(program, f"bin/{name}")
         entry.mode, entry.uid, entry.gid, entry.uname, entry.gname = 0o755, 0, 0, "", ""
         with program.open("rb") as file:
             tar.addfile(entry, file)
@@ -93,11 +93,12 @@ def _tar_of(name: str, program: Path) -> bytes:
     return buffer.getvalue()
 
 
-def make_certificate(folder: Path, *names: str) -> tuple[Path, Path]:
+def make_certificate(folder: Path, *names: str, days: int = 30) -> tuple[Path, Path]:
     """A certificate that signs itself, for names (``DNS:…``, ``IP:…``), and its key: two PEM files."""
     chain, key = folder / "chain.pem", folder / "key.pem"
-    words = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "30"]
-    words += ["-subj", "/CN=test", "-addext", f"subjectAltName={','.join(names)}", "-keyout", key, "-out", chain]
+    words = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
+    words += ["-days", f"{days}", "-subj", "/CN=test"]
+    words += ["-addext", f"subjectAltName={','.join(names)}", "-keyout", key, "-out", chain]
     subprocess.run(words, check=True, capture_output=True)
     return chain, key
 

@@ -1,5 +1,6 @@
 """What a node makes of the facts in its user-data: files for the service, or one clear line for each mistake."""
 
+import hashlib
 import json
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,18 +16,21 @@ SCHEMA = ROOT / "cloud-init" / "facts.schema.json"
 HASH = "0123456789abcdef" * 4
 KEY = f"{{name: a, sha256: {HASH}"
 PLACE = "domain: llm.example.org\nacme: {email: a@example.org}\n"
+HASHED = "$apr1$f8Vn0cXw$ydb6HbE6kHTv.sEmvvcK/1"
+MAIL = "to: a@b.org, from: a@b.org, smarthost: 'b.org:25'"
 RIGHT = f"{PLACE}api_keys: [{KEY}}}]\n"
 
 
 def check(tmp_path: Path, text: str | bytes | None) -> tuple[int, Path]:
     """The exit code, and the folder with what was written."""
-    path, out, traefik = tmp_path / "facts.yaml", tmp_path / "out", tmp_path / "traefik"
-    out.mkdir(exist_ok=True)
-    traefik.mkdir(exist_ok=True)
+    path, run = tmp_path / "facts.yaml", tmp_path / "run"
+    for name in ("", "-traefik", "-prometheus", "-alertmanager", "-boot"):
+        (run / f"mini-llm{name}").mkdir(parents=True, exist_ok=True)
     if text is not None:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
     (tmp_path / "instance-id").write_text("1\n")
-    return facts.main(path, out, traefik, SCHEMA, tmp_path / "instance-id", tmp_path / "facts_of.json"), out
+    code = facts.main(path, run, SCHEMA, tmp_path / "instance-id", tmp_path / "facts_of.json")
+    return code, run / "mini-llm"
 
 
 def test_the_example_becomes_keys_and_settings(tmp_path: Path) -> None:
@@ -36,12 +40,17 @@ def test_the_example_becomes_keys_and_settings(tmp_path: Path) -> None:
     assert (file["path"], file["permissions"]) == ("/etc/mini-llm/facts.yaml", "0600")
     code, out = check(tmp_path, file["content"])
     assert code == 0
-    first, monitor = read_keys(out / "keys.json")
+    first, monitor, scraper = read_keys(out / "keys.json")
     assert (first.name, first.scopes, first.limits.tokens_per_day) == ("first", frozenset({"generate"}), 200_000)
     assert (monitor.scopes, monitor.expires) == (frozenset({"metrics"}), datetime(2027, 12, 31, tzinfo=UTC))
+    assert (scraper.name, scraper.scopes) == ("prometheus", frozenset({"metrics"}))
+    scraping = out.with_name("mini-llm-prometheus") / "service.key"
+    assert scraping.stat().st_mode & 0o777 == 0o640
+    assert hashlib.sha256(scraping.read_bytes()).hexdigest() == scraper.sha256
     assert (out / "node.env").read_text() == "LLM_PRICE_EUR_PER_HOUR=0.0136\n"
+    assert (out / "stack.env").read_text() == "MONITORING_URL=https://monitoring.llm.example.org\n"
     assert (out / "keys.json").stat().st_mode & 0o777 == 0o640
-    assert sorted(path.name for path in out.iterdir()) == ["keys.json", "node.env"]
+    assert sorted(path.name for path in out.iterdir()) == ["keys.json", "node.env", "stack.env"]
 
 
 def test_a_key_without_scopes_may_generate(tmp_path: Path) -> None:
@@ -88,7 +97,7 @@ WRONG = [
     (PLACE + "api_keys: []", "api_keys: who may use the service, at least one"),
     (PLACE + "api_keys: {}", "api_keys: must be a list"),
     (PLACE + "api_keys: [x]", "api_keys[0]: must be names with values"),
-    (f"{RIGHT}api_key: [{KEY}}}]", "facts: 'api_key' is not known here; known are domain, acme, certificate, api_keys"),
+    (f"{RIGHT}api_key: [{KEY}}}]", "facts: 'api_key' is not known here; known are domain, acme, certificate,"),
     (PLACE + "api_keys: [{name: a}]", "api_keys[0]: sha256 is missing"),
     (f"{PLACE}api_keys: [{{sha256: {HASH}}}]", "api_keys[0]: name is missing"),
     (f"{PLACE}api_keys: [{{name: a b, sha256: {HASH}}}]", "api_keys[0].name: must be 1 to 64 letters"),
@@ -99,6 +108,16 @@ WRONG = [
     (f"{PLACE}api_keys: [{KEY}, expires: 2027-01-31}}]", "api_keys[0].expires: must be a time with its zone"),
     (f"{PLACE}api_keys: [{KEY}, limits: {{parallel: 0}}}}]", "api_keys[0].limits.parallel: must be a whole number"),
     (f"{PLACE}api_keys: [{KEY}, limits: {{paralel: 1}}}}]", "api_keys[0].limits: 'paralel' is not known here"),
+    (RIGHT.replace("name: a", "name: prometheus"), "api_keys: the name prometheus is taken"),
+    (f"{RIGHT}monitoring: {{user: me}}", "monitoring: password_hash is missing"),
+    (f"{RIGHT}monitoring: {{user: 'a:b', password_hash: '{HASHED}'}}", "monitoring.user: must be 1 to 64 letters"),
+    (f"{RIGHT}monitoring: {{user: me, password_hash: secret}}", "monitoring.password_hash: must be what openssl"),
+    (f"{RIGHT}monitoring: {{user: me, password_hash: $2y$12${'a' * 53}}}", "bcrypt of a cost from 4 to 8"),
+    (f"{RIGHT}alerts: {{}}", "alerts: who hears of alerts: a webhook, mail, or both"),
+    (f"{RIGHT}alerts: {{webhook: me}}", "alerts.webhook: must be the http:// or https:// address"),
+    (f"{RIGHT}alerts: {{mail: {{to: a@b.org, from: a@b.org}}}}", "alerts.mail: smarthost is missing"),
+    (f"{RIGHT}alerts: {{mail: {{to: a@b.org, from: b, smarthost: 'b:25'}}}}", "alerts.mail.from: must be an e-mail"),
+    (f"{RIGHT}alerts: {{mail: {{{MAIL}, username: a}}}}", "alerts.mail: password is missing beside username"),
     (f"{PLACE}api_keys: [{KEY}}}, {KEY}}}]", "api_keys: two of them have the same name"),
     (f"{PLACE}api_keys: [{KEY}}}]\nprice_eur_per_hour: cheap", "price_eur_per_hour: must be a number"),
     (f"{PLACE}api_keys: [{KEY}}}]\nprice_eur_per_hour: -1", "price_eur_per_hour: must be a number from 0 to 10000"),
@@ -116,7 +135,7 @@ def test_wrong_facts_are_told_and_nothing_else_is_written(
     capsys.readouterr()
     code, out = check(tmp_path, text)
     assert code == 1
-    assert [path.name for path in out.iterdir()] == ["problem"]
+    assert sorted(path.name for path in out.iterdir()) == ["problem", "stack.env"]
     assert message in (out / "problem").read_text().splitlines()[0]
     assert message in capsys.readouterr().out
 
@@ -144,24 +163,22 @@ def test_a_check_that_breaks_leaves_a_node_that_does_not_serve(tmp_path: Path) -
     """Whatever it breaks on; keys of an earlier check are gone as well."""
     _, out = check(tmp_path, RIGHT)
     with pytest.raises(FileNotFoundError):
-        facts.main(*(tmp_path / name for name in ("facts.yaml", "out", "traefik", "no-schema", "instance", "memory")))
-    assert [path.name for path in out.iterdir()] == ["problem"]
+        facts.main(*(tmp_path / name for name in ("facts.yaml", "run", "no-schema", "instance", "memory")))
+    assert sorted(path.name for path in out.iterdir()) == ["problem", "stack.env"]
     assert (out / "problem").read_text() == "this node's facts were not checked\n"
 
 
 def test_facts_of_the_server_that_a_snapshot_was_made_of_are_refused(tmp_path: Path) -> None:
     """A new server without facts of its own must not serve by another's keys; once it has some, it does."""
     check(tmp_path, RIGHT)
-    names = ("facts.yaml", "out", "traefik")
-    paths = [tmp_path / name for name in names]
-
     def boot(instance: str) -> int:
         (tmp_path / "instance-id").write_text(instance)
+        paths = [tmp_path / name for name in ("facts.yaml", "run")]
         return facts.main(*paths, SCHEMA, tmp_path / "instance-id", tmp_path / "facts_of.json")
 
     assert boot("1") == 0
     assert boot("2") == 1
-    assert "is another server's" in (tmp_path / "out" / "problem").read_text()
+    assert "is another server's" in (tmp_path / "run" / "mini-llm" / "problem").read_text()
     assert boot("2") == 1  # a reboot makes them no better
     (tmp_path / "facts.yaml").write_text(RIGHT)
     assert boot("2") == 0
@@ -182,7 +199,7 @@ def test_whatever_is_wrong_can_be_told_through_the_proxy(tmp_path: Path) -> None
     told = "Path(`/health`) || Path(`/ready`)"
     for text, shown in (("[]", told), (RIGHT, f"Host(`llm.example.org`) && ({told})")):
         check(tmp_path, text)
-        routes = json.loads((tmp_path / "traefik" / "dynamic" / "node.yaml").read_text())["http"]
+        routes = json.loads((tmp_path / "run" / "mini-llm-traefik" / "dynamic" / "node.yaml").read_text())["http"]
         assert routes["routers"]["state"]["rule"].startswith(shown)
         assert routes["serversTransports"]["state"]["forwardingTimeouts"]["responseHeaderTimeout"] == "5s"
         assert (text == RIGHT) == ("metrics" in routes["routers"]["llm"]["rule"])

@@ -32,11 +32,12 @@ def test_an_order_that_failed_is_made_again_with_pauses(traefik: Path) -> None:
         waited.append(pause_s)
         again = traefik / "dynamic" / "again.yaml"
         seen.add(again.read_text() if again.exists() else "")
-        acme.write_text(served("llm.example.org" if len(waited) == 7 else "other.example.org"))
+        acme.write_text(served("llm.example.org" if sum(waited) == 3000 else "other.example.org"))
 
-    assert order_certificate.main(traefik, acme, wait) == 0
-    assert waited == [30, 60, 300, 900, 900, 900, 900]
-    assert len(seen) == 7
+    assert order_certificate.main(traefik, acme, traefik / "note", wait) == 0
+    assert set(waited) == {1}  # it looks each second
+    assert len(seen) == 6  # at the begin, and orders after 30, 90, 390, 1290 and 2190 seconds
+    assert float((traefik / "note").read_text()) > 0
 
 
 @pytest.mark.parametrize(
@@ -55,7 +56,25 @@ def test_a_store_without_the_certificate_is_none(tmp_path: Path, content: str | 
 
 def test_a_certificate_at_hand_is_not_ordered(tmp_path: Path) -> None:
     """There is nothing to wait for."""
-    assert order_certificate.main(tmp_path, tmp_path / "acme.json", lambda pause_s: pytest.fail("it waited")) == 0
+    paths = (tmp_path, tmp_path / "acme.json", tmp_path / "note")
+    assert order_certificate.main(*paths, lambda pause_s: pytest.fail("it waited")) == 0
+    assert (tmp_path / "note").exists()
+
+
+def test_the_domain_does_not_wait_for_the_name_of_the_monitoring(traefik: Path) -> None:
+    """Its certificate is noted when it is there; the other is ordered on."""
+    (traefik / "ordered").write_text("llm.example.org\nmonitoring.llm.example.org\n")
+    acme, looks = traefik / "acme.json", []
+    acme.write_text(served("llm.example.org"))
+
+    def wait(pause_s: float) -> None:
+        looks.append((traefik / "note").exists())
+        if len(looks) == 40:
+            acme.write_text(served("monitoring.llm.example.org"))
+
+    assert order_certificate.main(traefik, acme, traefik / "note", wait) == 0
+    assert looks == [False] + 39 * [True]
+    assert (traefik / "dynamic" / "again.yaml").exists()
 
 
 @pytest.mark.parametrize("kind", ["pipe", "link", "folder"])

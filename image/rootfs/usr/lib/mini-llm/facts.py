@@ -1,20 +1,23 @@
 """Owns the node's facts: checks the one file that user-data brings, and turns it into what the programs read.
 
-``python3 facts.py FACTS OUT TRAEFIK`` writes into the folder OUT ``keys.json`` (hashes of the API keys) and
-``node.env`` (settings), or, if the facts are wrong or missing, ``problem`` and nothing else: the service then says why
-at /ready and answers nobody. Into TRAEFIK go Traefik's configuration, and the certificate if the facts hold one; with
-wrong facts it shows /health and /ready alone. Exit code 0 for facts that are right, 1 for others, with one line about
-each mistake.
+``python3 facts.py FACTS RUN`` writes below the folder RUN, if the facts are right: ``mini-llm/keys.json`` (hashes of
+the API keys, and one of a key made here, by which Prometheus asks), ``node.env`` (settings of the service) and
+``stack.env`` (of the compose file); and what ``stack.py`` makes for Traefik, Prometheus and Alertmanager. If they are
+wrong or missing, ``mini-llm/problem`` alone: the service then says why at /ready and answers nobody, and Traefik
+shows /health and /ready. Exit code 0 for facts that are right, 1 for others, with one line about each mistake.
 """
 
+import hashlib
 import json
 import math
 import os
 import re
+import secrets
 import shutil
 import ssl
 import sys
 import tempfile
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,12 +25,14 @@ from typing import Any
 import jsonschema
 import yaml
 
+sys.path.insert(0, str(Path(__file__).parent))  # Python's isolated mode leaves it out
+import stack
+
 SCHEMA = Path("/usr/share/mini-llm/facts.schema.json")
 INSTANCE = Path("/var/lib/cloud/data/instance-id")
 MEMORY = Path("/var/lib/mini-llm-node/facts_of.json")
+_SCRAPER = "prometheus"
 _LONGEST_TOLD_NAME = 24
-_LETS_ENCRYPT = "https://acme-v02.api.letsencrypt.org/directory"
-_LONGEST_ANSWER_S = 330  # the service's own limit for answers when it drains, and a little
 _LARGEST_BYTES = 32 << 10  # user-data as a whole have no more
 
 
@@ -122,12 +127,17 @@ def _identify(path: Path) -> list[int]:
     return [status.st_ino, status.st_size, status.st_mtime_ns]
 
 
-def keys_of(facts: dict[str, Any], now: datetime) -> dict[str, Any]:
-    """The service's key file, from facts that are right."""
+def keys_of(facts: dict[str, Any], now: datetime, scraping_key: str) -> dict[str, Any]:
+    """The service's key file, from facts that are right, and the key by which Prometheus reads the metrics."""
+    scraping = {
+        "name": _SCRAPER,
+        "sha256": hashlib.sha256(scraping_key.encode()).hexdigest(),
+        "scopes": ["metrics"],
+    }
     return {
         "keys": [
             {"created": now.isoformat(timespec="seconds"), "scopes": ["generate"], **_as_in_json(key)}
-            for key in facts["api_keys"]
+            for key in (*facts["api_keys"], scraping)
         ]
     }
 
@@ -135,118 +145,6 @@ def keys_of(facts: dict[str, Any], now: datetime) -> dict[str, Any]:
 def settings_of(facts: dict[str, Any]) -> dict[str, str]:
     """Settings of the service, from facts that are right."""
     return {"LLM_PRICE_EUR_PER_HOUR": str(facts["price_eur_per_hour"])} if "price_eur_per_hour" in facts else {}
-
-
-def traefik_files(facts: dict[str, Any] | None) -> dict[str, str]:
-    """Traefik's files by name, from facts that are right, or for a node that only tells what is wrong with them."""
-    files = {"traefik.yaml": _traefik(facts or {}), "dynamic/node.yaml": _routes(facts)}
-    # YAML reads JSON.
-    texts = {name: json.dumps(document, indent=1) + "\n" for name, document in files.items()}
-    if facts and "acme" in facts:
-        texts["ordered"] = facts["domain"] + "\n"  # for who looks after the order
-        texts |= {"acme-authority.pem": facts["acme"]["authority"]} if "authority" in facts["acme"] else {}
-    if facts and "certificate" in facts:
-        texts |= {"certificate.pem": facts["certificate"]["chain"], "certificate.key": facts["certificate"]["key"]}
-    return texts
-
-
-def _traefik(facts: dict[str, Any]) -> dict[str, Any]:
-    long = {
-        # Answers on a CPU take minutes: what was accepted may finish, and only requests have to be quick.
-        "lifeCycle": {"requestAcceptGraceTimeout": "2s", "graceTimeOut": f"{_LONGEST_ANSWER_S}s"},
-        "respondingTimeouts": {"readTimeout": "60s", "writeTimeout": "0s", "idleTimeout": "180s"},
-        "keepAliveMaxTime": "600s",
-    }
-    to_https = {"redirections": {"entryPoint": {"to": "https", "scheme": "https", "permanent": True}}}
-    document: dict[str, Any] = {
-        "global": {"checkNewVersion": False, "sendAnonymousUsage": False},
-        "entryPoints": {
-            "http": {"address": ":80", "http": to_https, "transport": long},
-            "https": {"address": ":443", "transport": long},
-            "metrics": {"address": "127.0.0.1:8082"},
-        },
-        "providers": {"file": {"directory": "/etc/traefik/dynamic", "watch": True}},
-        "metrics": {"prometheus": {"entryPoint": "metrics"}},
-        "log": {"level": "INFO", "format": "json"},
-        # Neither headers, which hold keys, nor the request's line, which holds the query.
-        "accessLog": {
-            "format": "json",
-            "fields": {
-                "names": dict.fromkeys(("RequestPath", "RequestLine", "ClientUsername"), "drop"),
-                "headers": {"defaultMode": "drop"},
-            },
-        },
-    }
-    if "acme" in facts:
-        acme = facts["acme"]
-        challenge = "tlsChallenge" if acme.get("challenge") == "tls-alpn-01" else "httpChallenge"
-        document["certificatesResolvers"] = {
-            "acme": {
-                "acme": {
-                    "email": acme["email"],
-                    "caServer": acme.get("server", _LETS_ENCRYPT),
-                    "storage": "/data/acme.json",
-                    "keyType": "EC256",
-                    **({"caCertificates": ["/etc/traefik/acme-authority.pem"]} if "authority" in acme else {}),
-                    challenge: {} if challenge == "tlsChallenge" else {"entryPoint": "http"},
-                }
-            }
-        }
-    return document
-
-
-def _routes(facts: dict[str, Any] | None) -> dict[str, Any]:
-    tls: dict[str, Any] = {"certResolver": "acme"} if facts and "acme" in facts else {}
-    told = "Path(`/health`) || Path(`/ready`)"
-    rule = f"Host(`{facts['domain']}`) && !PathPrefix(`/metrics`)" if facts else "Path(`/ready`)"
-    own = {"entryPoints": ["https"], "tls": tls}
-    by_client = {"ipStrategy": {"ipv6Subnet": 64}}  # an IPv6 client has all addresses of its network
-    hardened = {
-        "stsSeconds": 31_536_000,
-        "contentTypeNosniff": True,
-        "frameDeny": True,
-        "referrerPolicy": "no-referrer",
-        "customResponseHeaders": {"Server": ""},
-    }
-    balanced = {
-        "servers": [{"url": "http://127.0.0.1:8080"}],
-        "responseForwarding": {"flushInterval": "-1ms"},  # a piece is sent when it is there
-    }
-    # Shorter than the service keeps a connection (15 s), or a request could meet its end.
-    timeouts = {"dialTimeout": "5s", "idleConnTimeout": "10s"}
-    document: dict[str, Any] = {
-        "http": {
-            "routers": {
-                "llm": {**own, "rule": rule, "service": "llm", "middlewares": ["hardened", "rate", "parallel"]},
-                # The longer rule goes first. These two answer at once or never.
-                "state": {
-                    **own,
-                    "rule": f"Host(`{facts['domain']}`) && ({told})" if facts else told,
-                    "service": "state",
-                    "middlewares": ["hardened", "rate"],
-                },
-            },
-            "middlewares": {
-                "hardened": {"headers": hardened},
-                # By client address; the service's own limits, by key, are finer and lie behind these.
-                "rate": {"rateLimit": {"average": 50, "burst": 100, "sourceCriterion": by_client}},
-                "parallel": {"inFlightReq": {"amount": 64, "sourceCriterion": by_client}},
-            },
-            "services": {
-                "llm": {"loadBalancer": {**balanced, "serversTransport": "llm"}},
-                "state": {"loadBalancer": {**balanced, "serversTransport": "state"}},
-            },
-            "serversTransports": {
-                "llm": {"forwardingTimeouts": timeouts},
-                "state": {"forwardingTimeouts": {**timeouts, "responseHeaderTimeout": "5s"}},
-            },
-        },
-        "tls": {"options": {"default": {"minVersion": "VersionTLS12"}}},
-    }
-    if facts and "certificate" in facts:
-        pair = {"certFile": "/etc/traefik/certificate.pem", "keyFile": "/etc/traefik/certificate.key"}
-        document["tls"]["certificates"] = [pair]
-    return document
 
 
 def _where(error: BaseException) -> str:
@@ -271,6 +169,14 @@ def _describe(error: jsonschema.ValidationError) -> str:
         case "required":
             missing = next(name for name in error.validator_value if name not in error.instance)
             return f"{place}: {missing} is missing"
+        case "dependentRequired":
+            given, wanted = next(
+                (given, name)
+                for given, names in error.validator_value.items()
+                for name in names
+                if given in error.instance and name not in error.instance
+            )
+            return f"{place}: {wanted} is missing beside {given}"
         case "type":
             return f"{place}: must be {_type_name(error.validator_value)}" + (f" ({hint})" if hint else "")
     # The value itself is left out: it may be a key that somebody took for its hash.
@@ -284,6 +190,8 @@ def _type_name(kind: str) -> str:
 
 def _find_twins(facts: dict[str, Any]) -> list[str]:
     problems = []
+    if any(key["name"] == _SCRAPER for key in facts["api_keys"]):
+        problems.append(f"api_keys: the name {_SCRAPER} is taken, by the node's own Prometheus")
     for field in ("name", "sha256"):
         values = [key[field] for key in facts["api_keys"]]
         if len(set(values)) < len(values):
@@ -364,23 +272,41 @@ def write_traefik(folder: Path, facts: dict[str, Any] | None) -> None:
     (folder / "dynamic").mkdir(mode=0o750)
     os.chown(folder / "dynamic", -1, folder.stat().st_gid)
     (folder / "dynamic").chmod(0o750)
-    for name, text in sorted(traefik_files(facts).items(), key=lambda item: "/" in item[0]):
+    for name, text in sorted(stack.traefik_files(facts).items(), key=lambda item: "/" in item[0]):
         write_whole(folder / name, text, 0o640)
+
+
+def write_all(run: Path, facts: dict[str, Any] | None) -> None:
+    """What the programs read, from facts that are right; or, for None, as long as nobody knows any."""
+    own, scraping_key = run / "mini-llm", f"mllm_{secrets.token_hex(24)}"
+    for name in ("keys.json", "node.env"):
+        (own / name).unlink(missing_ok=True)
+    write_traefik(run / "mini-llm-traefik", facts)
+    write_whole(run / "mini-llm-alertmanager" / "alertmanager.yaml", stack.alertmanager_file(facts), 0o640)
+    write_whole(run / "mini-llm-prometheus" / "service.key", scraping_key, 0o640)
+    texts = {"stack.env": _as_env(stack.compose_settings(facts or {}))}
+    if facts is not None:
+        texts["keys.json"] = json.dumps(keys_of(facts, datetime.now(UTC), scraping_key), indent=1) + "\n"
+        texts["node.env"] = _as_env(settings_of(facts))
+    for name, text in texts.items():
+        write_whole(own / name, text, 0o640)
+
+
+def _as_env(settings: dict[str, str]) -> str:
+    return "".join(f"{name}={value}\n" for name, value in settings.items())
 
 
 def main(
     facts_path: Path,
-    out: Path,
-    traefik: Path,
+    run: Path,
     schema_path: Path = SCHEMA,
     instance: Path = INSTANCE,
     memory: Path = MEMORY,
 ) -> int:
     """Checks and writes; the boundary where problems become lines."""
-    write_whole(out / "problem", "this node's facts were not checked\n", 0o640)  # whatever happens from here on
-    for name in ("keys.json", "node.env"):
-        (out / name).unlink(missing_ok=True)
-    write_traefik(traefik, None)  # so that /ready can tell, whatever happens
+    problem_path = run / "mini-llm" / "problem"
+    write_whole(problem_path, "this node's facts were not checked\n", 0o640)  # whatever happens from here on
+    write_all(run, None)  # so that /ready can tell
     try:
         _close_to_others(facts_path)
         if stranger := find_stranger(facts_path, instance, memory):
@@ -389,12 +315,11 @@ def main(
     except FactsWrong as wrong:
         for problem in wrong.problems:
             print(f"mini-llm: this node does not serve: {re.sub(r'[^ -~]', '?', problem)}")
-        write_whole(out / "problem", "\n".join(wrong.problems) + "\n", 0o640)
+        write_whole(problem_path, "\n".join(wrong.problems) + "\n", 0o640)
         return 1
-    write_traefik(traefik, facts)
-    write_whole(out / "keys.json", json.dumps(keys_of(facts, datetime.now(UTC)), indent=1) + "\n", 0o640)
-    write_whole(out / "node.env", "".join(f"{name}={value}\n" for name, value in settings_of(facts).items()), 0o640)
-    (out / "problem").unlink()
+    write_all(run, facts)
+    problem_path.unlink()
+    write_whole(run / "mini-llm-boot" / "facts", f"{time.clock_gettime(time.CLOCK_BOOTTIME):.2f}\n", 0o644)
     print(f"mini-llm: the facts are right; {len(facts['api_keys'])} keys")
     return 0
 

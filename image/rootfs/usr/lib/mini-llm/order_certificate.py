@@ -1,7 +1,8 @@
 """Owns the patience with the certificate's order: Traefik orders once, when its configuration changes, and never again.
 
-``python3 order_certificate.py TRAEFIK ACME_JSON`` looks whether the certificate of the domain in ``TRAEFIK/ordered`` is
-there, changes something in Traefik's configuration if it is not, ever more rarely, and ends with 0 once it is.
+``python3 order_certificate.py TRAEFIK ACME_JSON NOTE`` looks whether the certificates of the names in
+``TRAEFIK/ordered`` are there, changes something in Traefik's configuration if one is not, ever more rarely, and ends
+with 0 once all are. Into the file NOTE goes when the first of them, the domain's own, was there.
 """
 
 import json
@@ -16,10 +17,11 @@ from pathlib import Path
 _LARGEST_STORE_BYTES = 4 << 20
 # Let's Encrypt counts five failures an hour for a name (letsencrypt.org/docs/rate-limits); then it refuses to try.
 _PAUSES_S = (30, 60, 300, 900)
+_LOOK_EVERY_S = 1
 
 
 def pauses_s() -> Iterator[int]:
-    """How long to wait before each look."""
+    """How long to look before each further order."""
     return chain(_PAUSES_S, repeat(_PAUSES_S[-1]))
 
 
@@ -51,19 +53,31 @@ def order_again(traefik: Path, number: int) -> None:
         file.write(text)
 
 
-def main(traefik: Path, acme: Path, wait: Callable[[float], None] = time.sleep) -> int:
-    """Waits, looks, orders again; ends when there is nothing to order or it was delivered."""
+def _note(path: Path) -> None:
+    path.write_text(f"{time.clock_gettime(time.CLOCK_BOOTTIME):.2f}\n")
+
+
+def main(traefik: Path, acme: Path, note: Path, wait: Callable[[float], None] = time.sleep) -> int:
+    """Waits, looks, orders again; ends when there is nothing to order or all was delivered."""
     ordered = traefik / "ordered"
     if not ordered.exists():
         print("no certificate is to be ordered")
+        _note(note)
         return 0
-    domain = ordered.read_text().strip()
+    names = ordered.read_text().split()
+    missing = list(names)
     for number, pause_s in zip(count(1), pauses_s(), strict=False):
-        wait(pause_s)
-        if is_there(acme, domain):
-            print(f"the certificate of {domain} is there")
-            return 0
-        print(f"no certificate of {domain} yet; ordering again (Traefik's log says why the last order failed)")
+        for _ in range(pause_s):
+            wait(_LOOK_EVERY_S)
+            for name in [name for name in missing if is_there(acme, name)]:
+                print(f"the certificate of {name} is there")
+                missing.remove(name)
+                if name == names[0]:
+                    _note(note)
+            if not missing:
+                return 0
+        told = ", ".join(missing)
+        print(f"no certificate of {told} yet; ordering again (Traefik's log says why the last order failed)")
         order_again(traefik, number)
     return 1
 

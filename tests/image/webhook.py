@@ -1,0 +1,46 @@
+"""Owns a webhook for tests: an HTTP server on an address that servers reach, which keeps what Alertmanager posts."""
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+class Webhook:
+    """One that runs; ``fired`` are the alerts that came, ``over`` those whose last word is that they are resolved."""
+
+    def __init__(self, host: str):
+        webhook = self
+        self.fired: set[str] = set()
+        self.over: set[str] = set()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                told = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                for alert in told["alerts"]:
+                    name, firing = alert["labels"]["alertname"], alert["status"] == "firing"
+                    webhook.fired |= {name} if firing else set()
+                    webhook.over = webhook.over - {name} if firing else webhook.over | {name}
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *words: object) -> None:
+                """Nobody reads it."""
+
+        self.server = ThreadingHTTPServer((host, 0), Handler)
+        self.address = f"http://{host}:{self.server.server_address[1]}/alerts"
+
+
+@contextmanager
+def running_webhook(host: str) -> Iterator[Webhook]:
+    """A webhook on an address of this host; gone afterwards."""
+    webhook = Webhook(host)
+    thread = threading.Thread(target=webhook.server.serve_forever)
+    thread.start()
+    try:
+        yield webhook
+    finally:
+        webhook.server.shutdown()
+        thread.join()
+        webhook.server.server_close()

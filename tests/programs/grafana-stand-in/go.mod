@@ -1,0 +1,3 @@
+module mini-llm/tests/programs/grafana-stand-in
+
+go 1.21.0

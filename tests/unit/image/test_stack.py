@@ -1,0 +1,83 @@
+"""What the containers are told of the facts."""
+
+import json
+from typing import Any
+
+import yaml
+
+from tests.image.scripts import ROOT, load_script
+
+stack = load_script("rootfs/usr/lib/mini-llm/stack.py")
+STACK = ROOT / "image" / "rootfs" / "usr" / "share" / "mini-llm" / "stack"
+FACTS: dict[str, Any] = {
+    "domain": "llm.example.org",
+    "acme": {"email": "a@example.org"},
+    "monitoring": {"user": "operator", "password_hash": "$apr1$x$y"},
+    "alerts": {
+        "webhook": "https://hooks.example.org/x",
+        "mail": {"to": "a@b.org", "from": "b@b.org", "smarthost": "b.org:587", "username": "u", "password": "p"},
+    },
+}
+
+
+def routes(facts: dict[str, Any] | None) -> dict[str, Any]:
+    """Traefik's dynamic configuration."""
+    return dict(json.loads(stack.traefik_files(facts)["dynamic/node.yaml"])["http"])
+
+
+def test_the_monitoring_is_open_to_its_password_alone() -> None:
+    """Every one of its routers asks for it, and only Grafana takes more than reading."""
+    opened = {name: router for name, router in routes(FACTS)["routers"].items() if "monitoring." in router["rule"]}
+    assert sorted(opened) == ["alertmanager", "grafana", "prometheus", "report"]
+    for name, router in opened.items():
+        assert "operator" in router["middlewares"], name
+        assert router["tls"] == {"certResolver": "acme"}
+        assert ("(Method(`GET`) || Method(`HEAD`))" in router["rule"]) == (name != "grafana")
+    asked = routes(FACTS)["middlewares"]["operator"]["basicAuth"]
+    assert (asked["users"], asked["removeHeader"]) == (["operator:$apr1$x$y"], True)
+
+
+def test_without_a_password_there_is_no_monitoring_to_reach() -> None:
+    """Nor is a certificate ordered for its name."""
+    closed = {name: value for name, value in FACTS.items() if name != "monitoring"}
+    assert "monitoring." not in json.dumps(routes(closed))
+    assert stack.traefik_files(closed)["ordered"] == "llm.example.org\n"
+    assert stack.traefik_files(FACTS)["ordered"] == "llm.example.org\nmonitoring.llm.example.org\n"
+
+
+def test_alerts_go_where_the_facts_say() -> None:
+    """To a webhook, by mail over TLS, to both, or to nobody."""
+    [receiver] = json.loads(stack.alertmanager_file(FACTS))["receivers"]
+    assert receiver["webhook_configs"] == [{"url": "https://hooks.example.org/x", "send_resolved": True}]
+    [mail] = receiver["email_configs"]
+    assert (mail["auth_username"], mail["auth_password"], mail["require_tls"]) == ("u", "p", True)
+    assert json.loads(stack.alertmanager_file({"domain": "x"}))["receivers"] == [{"name": "operator"}]
+
+
+def test_each_container_can_do_as_little_as_it_needs() -> None:
+    """No root, no capability, nothing to write but its own, no socket of Docker, no image that is not in the store."""
+    document = yaml.safe_load((STACK / "compose.yaml").read_text())
+    pins = json.loads((ROOT / "image" / "pins.json").read_text())["images"]
+    assert sorted(document["services"]) == sorted(pins)
+    for name, container in document["services"].items():
+        assert container["image"] == f"mini-llm/{name}:baked"
+        assert (container["pull_policy"], container["read_only"], container["cap_drop"]) == ("never", True, ["ALL"])
+        assert container["security_opt"] == ["no-new-privileges:true"]
+        assert 801 <= int(container["user"].split(":")[0]) <= 805
+        assert container["mem_limit"]
+        for volume in container["volumes"]:
+            source, _, mode = volume.split(":")[0], *volume.split(":")[1:], *([""] if volume.count(":") == 1 else [])
+            assert source.startswith(("/run/mini-llm-", "/var/lib/mini-llm-", "/usr/share/mini-llm/stack/"))
+            assert mode == "ro" or source == f"/var/lib/mini-llm-{name}"
+
+
+def test_all_but_traefik_listen_on_loopback() -> None:
+    """They are on the host's network, where a filter in front of them would be the only one."""
+    document = yaml.safe_load((STACK / "compose.yaml").read_text())["services"]
+    for name in ("prometheus", "alertmanager", "node-exporter"):
+        [listening] = [word for word in document[name]["command"] if word.startswith("--web.listen-address=")]
+        assert listening.startswith("--web.listen-address=127.0.0.1:")
+    assert document["grafana"]["environment"]["GF_SERVER_HTTP_ADDR"] == "127.0.0.1"
+    jobs = yaml.safe_load((STACK / "prometheus" / "prometheus.yaml").read_text())["scrape_configs"]
+    targets = [target for job in jobs for group in job["static_configs"] for target in group["targets"]]
+    assert all(target.startswith("127.0.0.1:") for target in targets)
