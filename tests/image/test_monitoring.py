@@ -6,6 +6,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -159,18 +160,31 @@ def test_each_alert_fires_for_its_reason_and_resolves(
     groups = yaml.safe_load((STACK / "prometheus" / "alerts.yaml").read_text())["groups"]
     expected = {rule["alert"] for group in groups for rule in group["rules"]}
     host, _ = transfer_addresses(tag_of(cloud.state))
+    names = (f"DNS:{DOMAIN}", f"DNS:{MONITORING}")
+    for part in ("soon", "late"):
+        (tmp_path / part).mkdir()
+    soon, soon_key = make_certificate(tmp_path / "soon", *names, days=3)
+    late, late_key = make_certificate(tmp_path / "late", *names)
+    (tmp_path / "both.pem").write_text(soon.read_text() + late.read_text())
+    certificate = {"chain": soon.read_text(), "key": soon_key.read_text()}
     cut_off(cloud)
     try:
         with (
             running_webhook(host) as webhook,
-            node(cloud.client(), image, known, key, more={"alerts": {"webhook": webhook.address}}) as own,
+            node(
+                cloud.client(), image, known, key,
+                more={"alerts": {"webhook": webhook.address}, "certificate": certificate},
+            ) as made,
         ):
+            own = replace(made, authority=tmp_path / "both.pem")
             own.wait_ready()
             own.run(f"python3 -c {shlex.quote(HASTEN)} {' '.join(CONFIGURATION)}")
             own.run("docker restart mini-llm-prometheus-1 mini-llm-alertmanager-1")
             wait_for_prometheus(own)
             wait_for_series(own, 'up{job="service"} == 1')
-            _cause_what_the_service_tells(own, webhook, tmp_path)
+            _cause_what_the_service_tells(own, webhook)
+            own.run(f"cd /run/mini-llm-traefik; printf %s {shlex.quote(late.read_text())} > certificate.pem; "
+                    f"printf %s {shlex.quote(late_key.read_text())} > certificate.key; {_REREAD}")
             _cause_a_service_that_is_gone(own, webhook)
             assert webhook.fired == expected
             _wait_until(lambda: expected - webhook.over, 180)
@@ -179,7 +193,7 @@ def test_each_alert_fires_for_its_reason_and_resolves(
         cut_off(cloud, "*")
 
 
-def _cause_what_the_service_tells(own: Node, webhook: Webhook, folder: Path) -> None:
+def _cause_what_the_service_tells(own: Node, webhook: Webhook) -> None:
     """A full queue, an engine that is killed and cannot come back, and what can be wrong with the node itself."""
     answer = {"prompt": "Tell me all", "max_tokens": 900, "temperature": 1.5}
     with ThreadPoolExecutor(40) as pool:
@@ -194,12 +208,7 @@ def _cause_what_the_service_tells(own: Node, webhook: Webhook, folder: Path) -> 
     metrics = "/var/lib/mini-llm-node/metrics/image.prom"
     own.run(f"sed -i -e 's/^\\(mini_llm_image_baked.*\\) .*/\\1 1700000000/' -e 's/findings 0/findings 1/' {metrics}")
     own.run("docker start mini-llm-node-exporter-1")
-    chain, secret = make_certificate(folder, f"DNS:{DOMAIN}", f"DNS:{MONITORING}", days=3)
-    keep = "cd /run/mini-llm-traefik; cp -a certificate.pem chain.before; cp -a certificate.key key.before"
-    own.run(f"{keep}; printf %s {shlex.quote(chain.read_text())} > certificate.pem; "
-            f"printf %s {shlex.quote(secret.read_text())} > certificate.key; {_REREAD}")
     _wait_until(lambda: {"DiskFull", "ImageOld", "ImageUnclean", "CertificateEnds"} - webhook.fired, 90)
-    own.run("cd /run/mini-llm-traefik; mv chain.before certificate.pem; mv key.before certificate.key; " + _REREAD)
     own.run("mv /opt/mini-llm/away /opt/mini-llm/models; systemctl restart mini-llm")
     own.run("umount -l /var/lib/mini-llm-node; docker restart mini-llm-node-exporter-1")
 
