@@ -1,35 +1,68 @@
-"""Owns the model that is measured: random weights in the real shape of a 0.5B (Qwen2), made once, kept in .cache."""
+"""Owns the models that are measured: random weights in the shapes of a 0.5B and a 1B, made once, kept in .cache."""
 
 import random
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
 
 from tests.gguf_writer import ARRAY, FLOAT32, INT32, STRING, UINT32, Array, Field, Gguf, Tensor, byte_texts
 
-# Shape of Qwen2-0.5B (its config.json), with Llama's names; the vocabulary is what makes a small model's prefill slow.
-WIDTH, BLOCKS, HEADS, HEADS_KV, FEED_FORWARD, VOCABULARY = 896, 24, 14, 2, 4864, 151_936
 CONTEXT_LENGTH = 4096
-F32, Q4_0 = 0, 2
+F32, Q4_0, Q6_K = 0, 2, 14
 MERGED_WORDS = ("th", "he", "in", "er", "an", "re", "on", "at", "en", "nd")
 
 
+@dataclass(frozen=True)
+class Shape:
+    """What makes a model's size and speed; the vocabulary is what makes a small model's prefill slow."""
+
+    name: str
+    width: int
+    blocks: int
+    heads: int
+    heads_kv: int
+    feed_forward: int
+    vocabulary: int
+    embedding: int  # type of the token embedding, which is the output matrix as well
+
+    @property
+    def narrow(self) -> int:
+        """Width of keys and values."""
+        return self.width // self.heads * self.heads_kv
+
+
+# Shapes of Qwen2-0.5B and Llama-3.2-1B (their config.json), with Llama's names; the 1B with the embedding as it is
+# quantised for download.
+HALF_BILLION = Shape("half billion", 896, 24, 14, 2, 4864, 151_936, Q4_0)
+BILLION = Shape("billion", 2048, 16, 32, 8, 8192, 128_256, Q6_K)
+
+
 def half_billion(folder: Path) -> Path:
-    """Path of the model (360 MB), written if it is not there."""
-    path = folder / "half-billion-q4_0.gguf"
+    """Path of the 0.5B model (280 MB), written if it is not there."""
+    return _made(HALF_BILLION, folder)
+
+
+def billion(folder: Path) -> Path:
+    """Path of the 1B model (770 MB), written if it is not there."""
+    return _made(BILLION, folder)
+
+
+def _made(shape: Shape, folder: Path) -> Path:
+    path = folder / f"{shape.name.replace(' ', '-')}-q4_0.gguf"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(_build().to_bytes())
+        temporary.write_bytes(_build(shape).to_bytes())
         temporary.replace(path)
     return path
 
 
-def _build() -> Gguf:
+def _build(shape: Shape) -> Gguf:
     dice = numpy.random.default_rng(5)
     tokens = [*byte_texts(), *(word.encode() for word in MERGED_WORDS)]
     marks = [b"<|begin|>", b"<|end|>", b"<|user|>", b"<|assistant|>"]
-    filler = VOCABULARY - len(tokens) - len(marks)
+    filler = shape.vocabulary - len(tokens) - len(marks)
     tokens += [b"filler%d" % number for number in range(filler)]
     first_mark = len(tokens)
     tokens += marks
@@ -39,16 +72,16 @@ def _build() -> Gguf:
     )
     head = [
         ("general.architecture", STRING, b"llama"),
-        ("general.name", STRING, b"random half billion"),
+        ("general.name", STRING, f"random {shape.name}".encode()),
         ("general.file_type", UINT32, 2),
         ("llama.context_length", UINT32, CONTEXT_LENGTH),
-        ("llama.embedding_length", UINT32, WIDTH),
-        ("llama.block_count", UINT32, BLOCKS),
-        ("llama.feed_forward_length", UINT32, FEED_FORWARD),
-        ("llama.attention.head_count", UINT32, HEADS),
-        ("llama.attention.head_count_kv", UINT32, HEADS_KV),
+        ("llama.embedding_length", UINT32, shape.width),
+        ("llama.block_count", UINT32, shape.blocks),
+        ("llama.feed_forward_length", UINT32, shape.feed_forward),
+        ("llama.attention.head_count", UINT32, shape.heads),
+        ("llama.attention.head_count_kv", UINT32, shape.heads_kv),
         ("llama.attention.layer_norm_rms_epsilon", FLOAT32, 1e-6),
-        ("llama.rope.dimension_count", UINT32, WIDTH // HEADS),
+        ("llama.rope.dimension_count", UINT32, shape.width // shape.heads),
         ("tokenizer.ggml.model", STRING, b"gpt2"),
         ("tokenizer.ggml.pre", STRING, b"llama-bpe"),
         ("tokenizer.ggml.tokens", ARRAY, Array(STRING, tokens)),
@@ -58,38 +91,41 @@ def _build() -> Gguf:
         ("tokenizer.ggml.eos_token_id", UINT32, first_mark + 1),
         ("tokenizer.chat_template", STRING, template.encode()),
     ]
-    narrow = WIDTH // HEADS * HEADS_KV
-    embedding = _matrix("token_embd.weight", WIDTH, VOCABULARY, dice)
-    rows, row_bytes = bytearray(embedding.data), WIDTH // 32 * 18
+    embedding = _matrix("token_embd.weight", shape.width, shape.vocabulary, dice, shape.embedding)
+    rows, row_bytes = bytearray(embedding.data), len(embedding.data) // shape.vocabulary
     rows[first_mark * row_bytes :] = bytes(len(marks) * row_bytes)  # no wish to end, for equal lengths
     embedding.data = bytes(rows)
     tensors = [embedding]
-    for number in range(BLOCKS):
+    for number in range(shape.blocks):
         block = f"blk.{number}."
         tensors += [
-            _ones(block + "attn_norm.weight"),
-            _matrix(block + "attn_q.weight", WIDTH, WIDTH, dice),
-            _matrix(block + "attn_k.weight", WIDTH, narrow, dice),
-            _matrix(block + "attn_v.weight", WIDTH, narrow, dice),
-            _matrix(block + "attn_output.weight", WIDTH, WIDTH, dice),
-            _ones(block + "ffn_norm.weight"),
-            _matrix(block + "ffn_gate.weight", WIDTH, FEED_FORWARD, dice),
-            _matrix(block + "ffn_up.weight", WIDTH, FEED_FORWARD, dice),
-            _matrix(block + "ffn_down.weight", FEED_FORWARD, WIDTH, dice),
+            _ones(block + "attn_norm.weight", shape.width),
+            _matrix(block + "attn_q.weight", shape.width, shape.width, dice),
+            _matrix(block + "attn_k.weight", shape.width, shape.narrow, dice),
+            _matrix(block + "attn_v.weight", shape.width, shape.narrow, dice),
+            _matrix(block + "attn_output.weight", shape.width, shape.width, dice),
+            _ones(block + "ffn_norm.weight", shape.width),
+            _matrix(block + "ffn_gate.weight", shape.width, shape.feed_forward, dice),
+            _matrix(block + "ffn_up.weight", shape.width, shape.feed_forward, dice),
+            _matrix(block + "ffn_down.weight", shape.feed_forward, shape.width, dice),
         ]
-    tensors.append(_ones("output_norm.weight"))
+    tensors.append(_ones("output_norm.weight", shape.width))
     return Gguf([Field(key.encode(), kind, value) for key, kind, value in head], tensors)
 
 
-def _matrix(name: str, columns: int, rows: int, dice: numpy.random.Generator) -> Tensor:
-    """Q4_0: blocks of a float16 scale and 32 four-bit weights; a standard deviation of 0.02 as trained ones have."""
-    blocks = dice.integers(0, 256, (columns * rows // 32, 18), dtype=numpy.uint8)
-    blocks[:, :2] = numpy.frombuffer(numpy.float16(0.02 / 4.6).tobytes(), numpy.uint8)
-    return Tensor(name.encode(), [columns, rows], Q4_0, blocks.tobytes())
+def _matrix(name: str, columns: int, rows: int, dice: numpy.random.Generator, kind: int = Q4_0) -> Tensor:
+    """Random blocks whose scale, a float16, gives a standard deviation of 0.02, as trained weights have."""
+    if kind == Q6_K:  # 256 six-bit weights, 16 scales of a signed byte, the scale of these
+        blocks = dice.integers(0, 256, (columns * rows // 256, 210), dtype=numpy.uint8)
+        blocks[:, 208:] = numpy.frombuffer(numpy.float16(0.02 / (18.5 * 74)).tobytes(), numpy.uint8)
+    else:  # the scale and 32 four-bit weights
+        blocks = dice.integers(0, 256, (columns * rows // 32, 18), dtype=numpy.uint8)
+        blocks[:, :2] = numpy.frombuffer(numpy.float16(0.02 / 4.6).tobytes(), numpy.uint8)
+    return Tensor(name.encode(), [columns, rows], kind, blocks.tobytes())
 
 
-def _ones(name: str) -> Tensor:
-    return Tensor(name.encode(), [WIDTH], F32, numpy.ones(WIDTH, numpy.float32).tobytes())
+def _ones(name: str, width: int) -> Tensor:
+    return Tensor(name.encode(), [width], F32, numpy.ones(width, numpy.float32).tobytes())
 
 
 def prompt_of(words: int) -> str:
