@@ -28,9 +28,10 @@ class AcmeServer:
     _management: str
 
     def point(self, name: str, address: str) -> None:
-        """From now on the name has this address, in the eyes of the ACME server."""
-        body = {"host": f"{name}.", "addresses": [address]}
-        requests.post(f"{self._dns}/add-a", json=body, timeout=10).raise_for_status()
+        """From now on the name has this address and no other, in the eyes of the ACME server."""
+        for call, more in (("clear-a", {}), ("add-a", {"addresses": [address]})):
+            body = {"host": f"{name}.", **more}
+            requests.post(f"{self._dns}/{call}", json=body, timeout=10).raise_for_status()
 
     def write_root(self, path: Path) -> None:
         """The certificate that what it issues is trusted by."""
