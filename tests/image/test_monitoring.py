@@ -15,6 +15,7 @@ from hcloud.images import BoundImage
 from hcloud.ssh_keys import BoundSSHKey
 
 from scripts.local_cloud.machines.network import tag_of, transfer_addresses
+from tests.image.dashboards import queries
 from tests.image.harness import CONTAINERS, DOMAIN, Node, cut_off, node
 from tests.image.registry import make_certificate
 from tests.image.scripts import ROOT
@@ -90,6 +91,22 @@ def test_every_metric_is_found_by_query(watched: Node) -> None:
     assert {one["metric"]["job"]: one["value"][1] for one in watched.query("up")} == dict.fromkeys(
         ("service", "traefik", "node", "docker", "prometheus", "alertmanager"), "1"
     )
+
+
+def test_every_panel_has_data(watched: Node) -> None:
+    """Each query of each dashboard, asked as Grafana would: after some traffic none is empty."""
+    asked = list(queries("1m"))
+    assert len(asked) > 50
+    empty = asked
+    end_s = time.monotonic() + 120
+    while empty and time.monotonic() < end_s:
+        assert watched.ask("/generate", {"prompt": "What is mini-llm?"})[0] == 200
+        assert watched.ask("/generate", {"prompt": ""})[0] == 422
+        time.sleep(5)
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda one: watched.query(one.expr), empty))
+        empty = [one for one, series in zip(empty, answers, strict=True) if not series]
+    assert empty == []
 
 
 def test_the_monitoring_is_for_who_has_its_password(watched: Node) -> None:
