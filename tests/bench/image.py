@@ -28,7 +28,7 @@ ORDER_GOAL_S = 6.0  # with a certificate that is ordered at Pebble
 RATIO_GOAL = 20.0
 STARTER = ROOT / "service" / "starter" / "starter.gguf"
 # What of the image starts at boot and is not Docker; bash, root's shell, spells it out.
-OWN_UNITS = "mini-llm.socket mini-llm.service mini-llm-{facts,model,stack,certificate}.service"
+OWN_UNITS = "mini-llm.socket mini-llm.service mini-llm-{facts,model,stack,monitoring,certificate,boot}.service"
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def measure_starter(bench: Bench, image: BoundImage) -> tuple[list[Figure], str]
         chain = own.run("systemd-analyze critical-chain --no-pager mini-llm-stack.service mini-llm.service")
         # The same disk with nothing of ours at boot; the smallest web server at hand is Traefik without a word to say.
         own.run(
-            f"systemctl disable --quiet {OWN_UNITS}; docker rm -f mini-llm-traefik-1; "
+            f"systemctl disable --quiet {OWN_UNITS}; docker rm -f $(docker ps -aq); "
             "docker run -d --restart always --network host mini-llm/traefik:baked --entrypoints.web.address=:80; sync"
         )
         floor_s = power_on_s(bench, own, FRESH_ROUNDS, any_answer_s, lambda: None)

@@ -1,7 +1,9 @@
 """The image on the local cloud: baked by Packer, booted cut off from the outside, served, attacked, broken."""
 
 import json
+import os
 import shlex
+import shutil
 import socket
 import subprocess
 import time
@@ -159,6 +161,46 @@ def test_a_certificate_is_ordered_until_it_is_there(
         cut_off(cloud, "*")
 
 
+def test_a_certificate_is_ordered_by_its_own_port(
+    cloud: LocalCloud, image: BoundImage, known: BoundSSHKey, key: Path, tmp_path: Path
+) -> None:
+    """TLS-ALPN-01 in place of HTTP-01; the name of the monitoring gets one as well."""
+    host, _ = transfer_addresses(tag_of(cloud.state))
+    cut_off(cloud)
+    try:
+        with running_acme_server(tmp_path, host) as server:
+            acme = {"email": "a@example.org", "server": server.directory, "authority": server.authority.read_text()}
+            acme["challenge"] = "tls-alpn-01"
+            with node(cloud.client(), image, known, key, acme=acme) as own:
+                for name in (DOMAIN, f"monitoring.{DOMAIN}"):
+                    server.point(name, own.address)
+                server.write_root(tmp_path / "root.pem")
+                trusting = replace(own, authority=tmp_path / "root.pem")
+                end_s = time.monotonic() + 90
+                for asked in (
+                    lambda: trusting.ask("/generate", {"prompt": "How do I run the tests?"})[0] == 200,
+                    lambda: trusting.curl("/node", host=f"monitoring.{DOMAIN}")[0] == 401,
+                    lambda: json.loads(trusting.ask("/version")[1])["boot"]["certificate_s"] is not None,
+                ):
+                    while not asked():
+                        assert time.monotonic() < end_s, server.log.read_text()[-2000:]
+                        time.sleep(0.5)
+                assert "tlsChallenge" in own.run("cat /run/mini-llm-traefik/traefik.yaml")
+    finally:
+        cut_off(cloud, "*")
+
+
+def test_the_scripts_are_as_shellcheck_wants_them() -> None:
+    """Every shell script of the project."""
+    if shutil.which("shellcheck") is None:
+        if os.environ.get("CI"):
+            pytest.fail("shellcheck is not installed; here it must run")
+        pytest.skip("did not run: shellcheck is not installed (Debian: sudo apt-get install shellcheck)")
+    scripts = [*ROOT.glob("image/provision/*.sh"), *ROOT.glob("tests/**/*.sh"), ROOT / ".ci" / "run"]
+    done = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout
+
+
 def test_every_ban_of_the_unit_holds(cloud: LocalCloud, image: BoundImage, known: BoundSSHKey, key: Path) -> None:
     """Each is tried from inside; by root outside the unit most are possible, so the attempts themselves are sound."""
     with node(cloud.client(), image, known, key) as own:
@@ -264,6 +306,36 @@ def test_it_serves_again_after_whatever_happens(served: Node) -> None:
         "cd /opt/mini-llm && set -a && . /etc/mini-llm/service.env && setpriv --reuid mini-llm --regid mini-llm "
         "--clear-groups env HOME=/nonexistent venv/bin/python -m service audit verify"
     )
+
+
+def test_a_full_disk_costs_answers_and_nothing_else(
+    cloud: LocalCloud, image: BoundImage, known: BoundSSHKey, key: Path
+) -> None:
+    """What cannot be told to the audit log is refused, and a service that cannot start is started once it can.
+
+    The service's state lies on a small disk of its own here: the pool, which all servers share, grows when it fills.
+    """
+    state = "/var/lib/mini-llm"
+    with node(cloud.client(), image, known, key) as own:
+        own.wait_ready()
+        own.run(f"systemctl stop mini-llm; cp -a {state} {state}-before; mount -t tmpfs -o size=16m none {state}; "
+                f"cp -a {state}-before/. {state}; chown mini-llm: {state}; systemctl start mini-llm")
+        own.wait_ready()
+        question = {"prompt": "How do I run the tests?", "max_tokens": 4}
+        assert own.ask("/generate", question)[0] == 200
+        own.run(f"cat /dev/zero > {state}/filler || true")
+        answers = [own.ask("/generate", question) for _ in range(30)]  # what has begun already has its room
+        assert {status for status, _ in answers} <= {200, 503}
+        assert json.loads(answers[-1][1])["type"] == "urn:mini-llm:problem:records-unwritable"
+        assert own.ask("/health")[0] == 200
+        own.run(f"rm {state}/filler")
+        assert own.ask("/generate", question)[0] == 200
+        own.run(f"systemctl stop mini-llm; cat /dev/zero > {state}/filler; systemctl start --no-block mini-llm")
+        time.sleep(3)
+        assert own.ask("/generate", question, None, "--max-time", "5")[0] != 200
+        own.run(f"rm {state}/filler")
+        own.wait_ready(patience_s=90)  # it is tried again ever more slowly, each minute at last
+        assert own.ask("/generate", question)[0] == 200
 
 
 def test_the_service_alone_is_baked_on_top_of_a_snapshot(
