@@ -223,7 +223,7 @@ def test_every_ban_of_the_unit_holds(cloud: LocalCloud, image: BoundImage, known
 def test_what_is_open_and_who_may_log_in(served: Node) -> None:
     """22, 80 and 443 alone; by key alone."""
     opened, filtered = [], []
-    for port in (*range(20, 26), 53, 80, 111, 443, 3000, 8080, 8082, 9090, 9093, 9100):
+    for port in (*range(20, 26), 53, 80, 111, 443, 3000, 8080, 8082, 8083, 9090, 9093, 9100, 9323):
         with socket.socket() as client:
             client.settimeout(0.3)
             try:
@@ -232,7 +232,7 @@ def test_what_is_open_and_who_may_log_in(served: Node) -> None:
             except TimeoutError:
                 filtered.append(port)
     assert opened == [22, 80, 443]
-    assert filtered == [20, 21, 23, 24, 25, 53, 111, 3000, 8080, 8082, 9090, 9093, 9100]
+    assert filtered == [20, 21, 23, 24, 25, 53, 111, 3000, 8080, 8082, 8083, 9090, 9093, 9100, 9323]
     options = ["StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "PubkeyAuthentication=no", "BatchMode=yes"]
     words = [word for option in options for word in ("-o", option)]
     done = subprocess.run(
