@@ -145,7 +145,8 @@ def measure_starter(bench: Bench, image: BoundImage) -> tuple[list[Figure], str]
     with node(bench.client, image, bench.known, bench.key) as own:
         own.wait_ready()
         times_s = power_on_s(bench, own, ROUNDS, first_token_s, lambda: None)
-        chain = own.run("systemctl is-system-running --wait >/dev/null; systemd-analyze critical-chain --no-pager mini-llm-stack.service mini-llm.service")
+        own.run("systemctl is-system-running --wait || true")  # before that there is no chain
+        chain = own.run("systemd-analyze critical-chain --no-pager mini-llm-stack.service mini-llm.service")
         # The same disk with nothing of ours at boot; the smallest web server at hand is Traefik without a word to say.
         own.run(
             f"systemctl disable --quiet {OWN_UNITS}; docker rm -f $(docker ps -aq); "
