@@ -288,11 +288,19 @@ def test_a_snapshot_of_a_node_is_not_that_node(cloud: LocalCloud, served: Node, 
 
 
 def test_it_serves_again_after_whatever_happens(served: Node) -> None:
-    """A killed engine, a killed service, a power cut in the middle of an answer, a reboot."""
-    for end in ("pkill -9 -f '[s]ervice.engine.worker'", "systemctl kill -s KILL mini-llm"):
+    """A killed engine, service or Docker, Docker started again, a power cut in the middle of an answer, a reboot."""
+    for end in (
+        "pkill -9 -f '[s]ervice.engine.worker'",
+        "systemctl kill -s KILL mini-llm",
+        "pkill -9 -x dockerd",
+        "systemctl restart docker",
+    ):
         served.run(end)
-        time.sleep(0.5)
+        units = "docker mini-llm mini-llm-stack mini-llm-monitoring"
+        wait = f"for unit in {units}; do until systemctl --quiet is-active $unit; do sleep 0.5; done; done"
+        served.run(f"sleep 3; timeout 60 sh -c '{wait}'")
         served.wait_ready()
+        assert served.run("docker ps --quiet | wc -l").strip() == "5"
     body = json.dumps({"prompt": "Tell me all", "max_tokens": 900, "temperature": 1.5})
     served.run(
         f"nohup curl -s -H 'Authorization: Bearer {served.api_key}' -H 'Content-Type: application/json' "
