@@ -114,9 +114,11 @@ def test_the_proxy(cloud: LocalCloud, served: Node) -> None:
     assert lines["x-content-type-options"] == "nosniff"
     assert "server" not in lines
     served.ask("/health?secret=in-the-query")
+    assert served.curl("/x", "--insecure", host="stranger.test")[0] == 404
     log = served.run("journalctl --no-pager -o cat CONTAINER_NAME=mini-llm-traefik-1")
     assert "RouterName" in log
     assert "in-the-query" not in log
+    assert "stranger" not in log  # what leads nowhere has no line: it has no limit either
     assert served.api_key not in log
     state = json.loads(served.run("docker inspect mini-llm-traefik-1"))[0]
     host = state["HostConfig"]

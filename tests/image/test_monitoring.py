@@ -124,6 +124,10 @@ def test_the_monitoring_is_for_who_has_its_password(watched: Node) -> None:
     hidden = ("/prometheus/", "/prometheus/metrics", "/prometheus/-/quit", "/alertmanager/-/reload")
     for path in hidden:
         assert watched.curl(path, "-u", f"operator:{watched.password}", host=MONITORING)[0] == 404
+    # What a stranger asks costs nothing: neither a password without end, nor headers without end.
+    assert watched.curl("/node", "-u", f"operator:{'x' * 1000}", host=MONITORING)[0] == 404
+    for host in (DOMAIN, MONITORING):
+        assert watched.curl("/version", "--http1.1", "-H", f"X: {'x' * 50_000}", host=host)[0] == 431
     grafana = watched.see("/")
     assert "not Grafana" in grafana["stand_in"]
     assert grafana["authorization"] == ""

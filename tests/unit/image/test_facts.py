@@ -70,7 +70,7 @@ WRONG = [
     (f'{PLACE}api_keys: [{{name: "a\\n", sha256: {HASH}}}]', "api_keys[0].name: must be 1 to 64"),
     (RIGHT.replace("llm.example.org", "|\n  llm.example.org"), "domain: must be the name that people reach"),
     (f"{RIGHT}domain: b.example.org", "is not YAML: a name stands twice"),
-    (f"{PLACE}api_keys: [{KEY}, expires: 2027-02-30T00:00:00Z}}]", "is not YAML: day"),
+    (f"{PLACE}api_keys: [{KEY}, expires: 2027-02-30T00:00:00Z}}]", "is not YAML: texts with signs"),
     (f"{RIGHT}price_eur_per_hour: 0x_", "is not YAML: "),
     (f'{RIGHT}more: "\\ud800"', "holds half a character"),
     (
@@ -83,7 +83,7 @@ WRONG = [
     ("[]", "facts: must be names with values"),
     ("api_keys: [", "is not YAML: "),
     (b"api_keys: \xff", "is not UTF-8: byte 10"),
-    ("api_keys: !!python/object:os.system {}", "is not YAML: could not determine a constructor"),
+    ("api_keys: !!python/object:os.system {}", "is not YAML: texts with signs"),
     ("a" * 40_000, "is longer than 32768 bytes"),
     (f"api_keys: [{KEY}}}]", "facts: domain is missing"),
     (PLACE, "facts: api_keys is missing"),
@@ -112,9 +112,14 @@ WRONG = [
     (f"{RIGHT}monitoring: {{user: me}}", "monitoring: password_hash is missing"),
     (f"{RIGHT}monitoring: {{user: 'a:b', password_hash: '{HASHED}'}}", "monitoring.user: must be 1 to 64 letters"),
     (f"{RIGHT}monitoring: {{user: me, password_hash: secret}}", "monitoring.password_hash: must be what openssl"),
-    (f"{RIGHT}monitoring: {{user: me, password_hash: $2y$12${'a' * 53}}}", "bcrypt of a cost from 4 to 8"),
+    (f"{RIGHT}monitoring: {{user: me, password_hash: $2y$12${'a' * 53}}}", "bcrypt of a cost from 4 to 6"),
     (f"{RIGHT}alerts: {{}}", "alerts: who hears of alerts: a webhook, mail, or both"),
     (f"{RIGHT}alerts: {{webhook: me}}", "alerts.webhook: must be the http:// or https:// address"),
+    *(
+        (f"{RIGHT}alerts: {{webhook: '{address}'}}", "alerts.webhook: must be the http:// or https:// address")
+        for address in ("https://[::1/x", "https://h:port/x", "https://h:99999/", "https://h/%zz", "https://h/{{x}}")
+    ),
+    (f"{RIGHT}alerts: {{mail: {{{MAIL}, username: a, password: \U0001f511}}}}", "alerts.mail.password: must be the"),
     (f"{RIGHT}alerts: {{mail: {{to: a@b.org, from: a@b.org}}}}", "alerts.mail: smarthost is missing"),
     (f"{RIGHT}alerts: {{mail: {{to: a@b.org, from: b, smarthost: 'b:25'}}}}", "alerts.mail.from: must be an e-mail"),
     (f"{RIGHT}alerts: {{mail: {{{MAIL}, username: a}}}}", "alerts.mail: password is missing beside username"),
@@ -146,6 +151,14 @@ def test_a_key_that_stands_where_its_hash_should_is_not_repeated(
     """The console and /ready are read by others than the key's owner."""
     _, out = check(tmp_path, PLACE + "api_keys: [{name: a, sha256: mllm_secret}]")
     assert "mllm_secret" not in (out / "problem").read_text() + capsys.readouterr().out
+
+
+@pytest.mark.parametrize("password", ["!S3cret", "*S3cret", "&S3cret x", "{S3cret", "@S3cret", "2027-02-30 S3cret"])
+def test_what_is_no_yaml_is_not_told(tmp_path: Path, password: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """It may be a password that somebody forgot to quote."""
+    _, out = check(tmp_path, f"{RIGHT}alerts:\n  mail: {{{MAIL}, username: a, password: {password}}}\n")
+    told = [path.read_text() for path in [out / "problem"] if path.exists()]
+    assert "S3cret" not in "".join(told) + capsys.readouterr().out
 
 
 def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:

@@ -40,6 +40,8 @@ _MUST_NOT_EXIST = (
     ("etc/mini-llm/facts.yaml", "the facts of another server"),
     ("var/lib/mini-llm/keys.json", "keys of another server"),
     ("var/lib/mini-llm-traefik/*", "certificates of another server"),
+    ("var/lib/mini-llm-prometheus/*", "metrics of another server"),
+    ("var/lib/mini-llm-alertmanager/*", "alerts of another server"),
     ("var/lib/mini-llm-node/*", "what another server remembers"),
     ("var/lib/mini-llm/audit/*", "an audit log of another server"),
     ("var/lib/mini-llm/counters*", "counters of another server"),

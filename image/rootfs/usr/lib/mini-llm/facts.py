@@ -32,6 +32,7 @@ SCHEMA = Path("/usr/share/mini-llm/facts.schema.json")
 INSTANCE = Path("/var/lib/cloud/data/instance-id")
 MEMORY = Path("/var/lib/mini-llm-node/facts_of.json")
 _SCRAPER = "prometheus"
+_TWICE = "a name stands twice"
 _LONGEST_TOLD_NAME = 24
 _LARGEST_BYTES = 32 << 10  # user-data as a whole have no more
 
@@ -51,7 +52,7 @@ class _Loader(yaml.SafeLoader):
         names = [self.construct_object(key, deep=True) for key, _ in node.value]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, "a name stands twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, _TWICE, node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -148,9 +149,11 @@ def settings_of(facts: dict[str, Any]) -> dict[str, str]:
 
 
 def _where(error: BaseException) -> str:
+    """What is wrong with the text; the library's own words hold what stands there, which may be a password."""
     mark = getattr(error, "problem_mark", None)
-    what = getattr(error, "problem", None) or (str(error) if isinstance(error, ValueError) else type(error).__name__)
-    return f"{what} (line {mark.line + 1})" if mark else str(what)
+    told = getattr(error, "problem", None) == _TWICE
+    what = _TWICE if told else "texts with signs that mean something to YAML belong in quotes"
+    return f"{what} (line {mark.line + 1})" if mark else what
 
 
 def _describe(error: jsonschema.ValidationError) -> str:

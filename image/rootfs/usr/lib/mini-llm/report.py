@@ -16,7 +16,8 @@ from typing import Any
 
 _SHARE, _NODE = Path("/usr/share/mini-llm"), Path("/var/lib/mini-llm-node")
 _LAST_LINES = 40
-_PATIENCE_S = 5.0
+_LONGEST_LINE = 2000
+_PATIENCE_S = 1.0  # each; the unit has fifteen seconds for all of them
 # Whose last lines are told, by what journalctl looks for.
 _LOGS = {
     "facts": ["-u", "mini-llm-facts"],
@@ -41,7 +42,7 @@ def make_report() -> dict[str, Any]:
             "containers": _read_json(_SHARE / "containers.json"),
             "packages": _read_packages(_SHARE / "packages.txt"),
         },
-        "failed_units": [line.split()[0] for line in _run("systemctl", "--failed", "--plain", "--no-legend")],
+        "failed_units": [line.partition(" ")[0] for line in _run("systemctl", "--failed", "--plain", "--no-legend")],
         "logs": {name: _run("journalctl", "-b", "-o", "short-iso", "-n", str(_LAST_LINES), "--no-pager", "-q", *words)
                  for name, words in _LOGS.items()},
     }
@@ -55,18 +56,25 @@ def _read_json(path: Path) -> Any:
 
 
 def _read_boot(folder: Path) -> dict[str, float]:
-    times_s = {path.name: float(path.read_text()) for path in folder.iterdir()}
+    times_s = {path.name: float(path.read_text()) for path in folder.iterdir() if not path.suffix}
     begin_s = times_s.pop("begin", 0.0)
     return {f"{name}_s": round(at_s - begin_s, 2) for name, at_s in sorted(times_s.items(), key=lambda item: item[1])}
 
 
-def _read_packages(path: Path) -> dict[str, str]:
-    return dict(line.split(" ", 1) for line in path.read_text().splitlines())
+def _read_packages(path: Path) -> dict[str, str] | None:
+    try:
+        return dict(line.split(" ", 1) for line in path.read_text().splitlines())
+    except (OSError, ValueError):
+        return None
 
 
 def _run(*command: str) -> list[str]:
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_PATIENCE_S)
-    return (done.stdout or done.stderr).splitlines()
+    """The lines that a command prints, or why there are none."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        return [f"{command[0]} did not answer within {_PATIENCE_S:.0f} s"]
+    return [line[:_LONGEST_LINE] for line in (done.stdout or done.stderr).splitlines()]
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 _LETS_ENCRYPT = "https://acme-v02.api.letsencrypt.org/directory"
+_LARGEST_HEADERS_BYTES = 16 << 10
 _LONGEST_ANSWER_S = 330  # the service's own limit for answers when it drains, and a little
 # Where each program listens; only Traefik's http and https are open to the outside.
 SERVICE, REPORT = "127.0.0.1:8080", "127.0.0.1:8083"
@@ -66,22 +67,27 @@ def _traefik(facts: dict[str, Any]) -> dict[str, Any]:
         "respondingTimeouts": {"readTimeout": "60s", "writeTimeout": "0s", "idleTimeout": "180s"},
         "keepAliveMaxTime": "600s",
     }
+    small = {"maxHeaderBytes": _LARGEST_HEADERS_BYTES}
     to_https = {"redirections": {"entryPoint": {"to": "https", "scheme": "https", "permanent": True}}}
     document: dict[str, Any] = {
         "global": {"checkNewVersion": False, "sendAnonymousUsage": False},
         "entryPoints": {
-            "http": {"address": ":80", "http": to_https, "transport": long},
-            "https": {"address": ":443", "transport": long},
+            "http": {"address": ":80", "http": {**to_https, **small}, "transport": long},
+            "https": {"address": ":443", "http": small, "transport": long},
             "metrics": {"address": "127.0.0.1:8082"},
         },
         "providers": {"file": {"directory": "/etc/traefik/dynamic", "watch": True}},
         "metrics": {"prometheus": {"entryPoint": "metrics"}},
         "log": {"level": "INFO", "format": "json"},
-        # Neither headers, which hold keys, nor the request's line, which holds the query.
+        # Neither headers, which hold keys, nor the request's line, which holds the query. Names that lead nowhere meet
+        # no limit: with their lines a stranger could push everybody else's out of the journal.
         "accessLog": {
             "format": "json",
+            "filters": {"statusCodes": ["100-403", "405-599"]},
             "fields": {
-                "names": dict.fromkeys(("RequestPath", "RequestLine", "ClientUsername"), "drop"),
+                "names": dict.fromkeys(
+                    ("RequestPath", "RequestLine", "RequestHost", "RequestAddr", "ClientUsername"), "drop"
+                ),
                 "headers": {"defaultMode": "drop"},
             },
         },
@@ -160,7 +166,8 @@ def _routes(facts: dict[str, Any] | None) -> dict[str, Any]:
 
 def _add_monitoring(http: dict[str, Any], facts: dict[str, Any], own: dict[str, Any]) -> None:
     """Routes of the monitoring's own name: Grafana, and reading alone of two APIs and the node's report."""
-    host = f"Host(`{monitoring_host(facts)}`)"
+    # A password's hash takes the longer, the longer the password is, and a stranger's may be of any length.
+    host = f"Host(`{monitoring_host(facts)}`) && !HeaderRegexp(`Authorization`, `^.{{300}}`)"
     reading = f"{host} && (Method(`GET`) || Method(`HEAD`))"
     apis = {"prometheus": ("/api/v1/", PROMETHEUS), "alertmanager": ("/api/v2/", ALERTMANAGER)}
     others = " && ".join(f"!PathPrefix(`/{name}/`)" for name in apis)
