@@ -7,6 +7,8 @@ import shutil
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from hcloud.server_types import ServerType
 from hcloud.ssh_keys import BoundSSHKey
 
 from scripts.local_cloud.machines.network import tag_of, transfer_addresses
-from tests.image.acme import running_acme_server
+from tests.image.acme import AcmeServer, running_acme_server
 from tests.image.harness import DOMAIN, ROOT, Node, bake, cut_off, node, packer
 from tests.image.scripts import load_script
 from tests.local_cloud.harness import LocalCloud, traces
@@ -134,62 +136,65 @@ def test_the_proxy(cloud: LocalCloud, served: Node) -> None:
     assert '"127.0.0.1"' not in audited
 
 
+@contextmanager
+def reachable_acme_server(cloud: LocalCloud, folder: Path) -> Iterator[tuple[AcmeServer, dict[str, str]]]:
+    """An ACME server that nodes reach as long as it runs, and the facts that lead them to it."""
+    host, _ = transfer_addresses(tag_of(cloud.state))
+    cut_off(cloud)
+    try:
+        with running_acme_server(folder, host) as server:
+            server.write_root(folder / "root.pem")
+            authority = server.authority.read_text()
+            yield server, {"email": "a@example.org", "server": server.directory, "authority": authority}
+    finally:
+        cut_off(cloud, "*")
+
+
 def test_a_certificate_is_ordered_until_it_is_there(
     cloud: LocalCloud, image: BoundImage, known: BoundSSHKey, key: Path, tmp_path: Path
 ) -> None:
     """The name leads nowhere at first, so the order fails; once it leads to the node the next one is served."""
-    host, _ = transfer_addresses(tag_of(cloud.state))
-    cut_off(cloud)
-    try:
-        with running_acme_server(tmp_path, host) as server:
-            acme = {"email": "a@example.org", "server": server.directory, "authority": server.authority.read_text()}
-            with node(cloud.client(), image, known, key, acme=acme) as own:
-                end_s = time.monotonic() + 30
-                while "set INVALID" not in server.log.read_text():
-                    assert time.monotonic() < end_s, server.log.read_text()
-                    time.sleep(0.2)
-                assert own.curl("/health")[0] == 0  # nobody vouches for it yet
-                server.point(DOMAIN, own.address)
-                server.write_root(tmp_path / "root.pem")
-                trusting = replace(own, authority=tmp_path / "root.pem")
-                end_s = time.monotonic() + 90
-                while (status := trusting.ask("/generate", {"prompt": "How do I run the tests?"})[0]) != 200:
-                    assert time.monotonic() < end_s, (status, server.log.read_text()[-2000:])
-                    time.sleep(0.5)
-                assert "ordering again" in own.run("journalctl --no-pager -u mini-llm-certificate")
-                store = own.run("stat -c '%a %U' /var/lib/mini-llm-traefik/acme.json")
-                assert store.split() == ["600", "mini-llm-traefik"]
-    finally:
-        cut_off(cloud, "*")
+    with (
+        reachable_acme_server(cloud, tmp_path) as (server, acme),
+        node(cloud.client(), image, known, key, acme=acme) as own,
+    ):
+        end_s = time.monotonic() + 30
+        while "set INVALID" not in server.log.read_text():
+            assert time.monotonic() < end_s, server.log.read_text()
+            time.sleep(0.2)
+        assert own.curl("/health")[0] == 0  # nobody vouches for it yet
+        server.point(DOMAIN, own.address)
+        trusting = replace(own, authority=tmp_path / "root.pem")
+        end_s = time.monotonic() + 90
+        while (status := trusting.ask("/generate", {"prompt": "How do I run the tests?"})[0]) != 200:
+            assert time.monotonic() < end_s, (status, server.log.read_text()[-2000:])
+            time.sleep(0.5)
+        assert "ordering again" in own.run("journalctl --no-pager -u mini-llm-certificate")
+        store = own.run("stat -c '%a %U' /var/lib/mini-llm-traefik/acme.json")
+        assert store.split() == ["600", "mini-llm-traefik"]
 
 
 def test_a_certificate_is_ordered_by_its_own_port(
     cloud: LocalCloud, image: BoundImage, known: BoundSSHKey, key: Path, tmp_path: Path
 ) -> None:
     """TLS-ALPN-01 in place of HTTP-01; the name of the monitoring gets one as well."""
-    host, _ = transfer_addresses(tag_of(cloud.state))
-    cut_off(cloud)
-    try:
-        with running_acme_server(tmp_path, host) as server:
-            acme = {"email": "a@example.org", "server": server.directory, "authority": server.authority.read_text()}
-            acme["challenge"] = "tls-alpn-01"
-            with node(cloud.client(), image, known, key, acme=acme) as own:
-                for name in (DOMAIN, f"monitoring.{DOMAIN}"):
-                    server.point(name, own.address)
-                server.write_root(tmp_path / "root.pem")
-                trusting = replace(own, authority=tmp_path / "root.pem")
-                end_s = time.monotonic() + 90
-                for asked in (
-                    lambda: trusting.ask("/generate", {"prompt": "How do I run the tests?"})[0] == 200,
-                    lambda: trusting.curl("/node", host=f"monitoring.{DOMAIN}")[0] == 401,
-                    lambda: json.loads(trusting.ask("/version")[1])["boot"]["certificate_s"] is not None,
-                ):
-                    while not asked():
-                        assert time.monotonic() < end_s, server.log.read_text()[-2000:]
-                        time.sleep(0.5)
-                assert "tlsChallenge" in own.run("cat /run/mini-llm-traefik/traefik.yaml")
-    finally:
-        cut_off(cloud, "*")
+    with (
+        reachable_acme_server(cloud, tmp_path) as (server, acme),
+        node(cloud.client(), image, known, key, acme={**acme, "challenge": "tls-alpn-01"}) as own,
+    ):
+        for name in (DOMAIN, f"monitoring.{DOMAIN}"):
+            server.point(name, own.address)
+        trusting = replace(own, authority=tmp_path / "root.pem")
+        end_s = time.monotonic() + 90
+        for asked in (
+            lambda: trusting.ask("/generate", {"prompt": "How do I run the tests?"})[0] == 200,
+            lambda: trusting.curl("/node", host=f"monitoring.{DOMAIN}")[0] == 401,
+            lambda: json.loads(trusting.ask("/version")[1])["boot"]["certificate_s"] is not None,
+        ):
+            while not asked():
+                assert time.monotonic() < end_s, server.log.read_text()[-2000:]
+                time.sleep(0.5)
+        assert "tlsChallenge" in own.run("cat /run/mini-llm-traefik/traefik.yaml")
 
 
 def test_the_scripts_are_as_shellcheck_wants_them() -> None:

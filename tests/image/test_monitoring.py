@@ -53,6 +53,7 @@ for path in sys.argv[1:]:
     tenth = lambda found: f"{int(found[1]) * {'s': 1, 'm': 60, 'h': 3600}[found[2]] * 100}ms"
     open(path, "w").write(re.sub(r"\b(\d+)([smh])\b", tenth, text))
 """
+SECRETS = ("/etc/mini-llm/facts.yaml", "/run/mini-llm/keys.json", "/var/lib/cloud/instance/user-data.txt")
 CONFIGURATION = (
     "/usr/share/mini-llm/stack/prometheus/prometheus.yaml",
     "/usr/share/mini-llm/stack/prometheus/alerts.yaml",
@@ -171,8 +172,10 @@ def test_each_container_is_held_where_it_is(watched: Node) -> None:
         ask = "curl -s -m 2 -o /dev/null -w '%{http_code}' http://169.254.169.254/hetzner/v1/userdata || true"
         held = f"setpriv --reuid {user} --regid {user} --clear-groups"
         assert watched.run(f"{held} sh -c {shlex.quote(ask)}").strip() == "000"
-        read = "cat /etc/mini-llm/facts.yaml /run/mini-llm/keys.json /var/lib/cloud/instance/user-data.txt || true"
+        read = f"cat {' '.join(SECRETS)} || true"
         assert watched.run(f"{held} sh -c {shlex.quote(read)} 2>/dev/null") == ""
+    for path in SECRETS:  # root has something to read there
+        assert watched.run(f"cat {path}")
 
 
 def test_each_alert_fires_for_its_reason_and_resolves(
