@@ -342,6 +342,12 @@ def test_metrics_follow_naming_rules(bench: Bench) -> None:
             assert not family.name.endswith(("_total", "_count", "_sum", "_bucket"))
 
 
+def test_the_first_refusal_is_seen_by_a_rate(bench: Bench) -> None:
+    """A series that is born with its first event hides that event from `increase`, so those of the alert are there."""
+    born = {sample.labels["reason"]: sample.value for sample in families(bench)["llm_refusals"].samples}
+    assert {"queue_full": 0, "queue_timeout": 0, "deadline": 0}.items() <= born.items()
+
+
 def test_cost_grows_with_time(bench: Bench) -> None:
     """At 3.6 EUR an hour a thousandth of a euro a second is counted."""
     first = families(bench)["llm_cost_eur"].samples[0].value
@@ -631,11 +637,18 @@ def test_a_node_with_a_problem_serves_nothing_and_says_why(tmp_path: Path) -> No
 
 def test_a_baked_node_tells_its_image(tmp_path: Path) -> None:
     """Elsewhere there is none; a description that cannot be read is told at start."""
-    assert Bench().client.simulate_get("/version").json["image"] is None
+    elsewhere = Bench().client.simulate_get("/version").json
+    assert (elsewhere["image"], elsewhere["boot"]) == (None, None)
     described = tmp_path / "image.json"
     described.write_text('{"version": "1.2", "baked": "2026-11-26T09:00:00+00:00", "model": {}}')
     shown = Bench(image_file=described).client.simulate_get("/version").json["image"]
     assert shown == {"version": "1.2", "baked": "2026-11-26T09:00:00+00:00"}
+    (tmp_path / "begin").write_text("0\n")
+    booted = Bench(boot_dir=tmp_path)
+    assert booted.client.simulate_get("/version").json["boot"]["first_token_s"] is None
+    assert booted.post({"prompt": "say x"}).status_code == 200
+    boot = booted.client.simulate_get("/version").json["boot"]
+    assert 0 < boot["service_s"] < boot["first_token_s"]
     described.write_text("[]")
     with pytest.raises(SettingsInvalid, match="LLM_IMAGE_FILE"):
         Bench(image_file=described)
