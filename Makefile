@@ -22,10 +22,11 @@ ifeq ($(LLM_MODEL),)
 unexport LLM_MODEL
 endif
 
-.PHONY: help serve cloud cloud-clean test unit bench bench-cloud bench-image train lint lock clean
+.PHONY: help serve bake cloud cloud-clean test unit bench bench-cloud bench-image train lint lock clean
 
 help:
 	@echo "make serve   serve a model on 127.0.0.1:8080 (HOST= PORT= MODEL= change that)"
+	@echo "make bake    bake the image, prove it, make it what Terraform launches (BAKE= adds options)"
 	@echo "make cloud   a Hetzner Cloud on this machine, for nothing (root; CLOUD= adds options);  make cloud-clean  remove it"
 	@echo "make test    run every test;  make unit  only the fast ones"
 	@echo "make bench   measure, as ratios in one run;  make bench-cloud, bench-image  times of the local cloud, of a node (root)"
@@ -35,6 +36,10 @@ help:
 serve:
 	@$(SET_UP) service/requirements.txt
 	@exec $(VENV_PYTHON) -m service serve
+
+bake:
+	@$(SET_UP) scripts/requirements.txt
+	@exec $(VENV_PYTHON) scripts/bake.py build --promote $(BAKE)
 
 cloud:
 	@$(SET_UP) scripts/requirements.txt
@@ -78,7 +83,7 @@ lock:
 	$(LOCK) service/requirements.in -o service/requirements.txt
 	$(LOCK) -c service/requirements.txt service/starter/requirements.in -o service/starter/requirements.txt
 	$(LOCK) -c service/requirements.txt scripts/requirements.in -o scripts/requirements.txt
-	$(LOCK) -c service/requirements.txt -c service/starter/requirements.txt tests/requirements.in -o tests/requirements.txt
+	$(LOCK) -c service/requirements.txt -c service/starter/requirements.txt -c scripts/requirements.txt tests/requirements.in -o tests/requirements.txt
 
 clean:
 	rm -rf .venv .cache .pytest_cache .ruff_cache

@@ -32,7 +32,8 @@ source "hcloud" "node" {
   ssh_username   = "root"
   user_data_file = "${path.root}/../cloud-init/bake.yaml"
 
-  snapshot_name = "mini-llm ${var.image_version}, ${var.model}, up to layer ${var.last_layer}"
+  # The plugin refuses a name that is there already, and a layer may have to be baked again.
+  snapshot_name = "mini-llm ${var.image_version}, ${var.model}, up to layer ${var.last_layer}, run ${var.run_id}"
   snapshot_labels = merge({
     product = "mini-llm"
     version = var.image_version

@@ -3,7 +3,7 @@
 set -eu
 
 upgrade() {
-    apt-get -qq update
+    apt-get -qq -o APT::Update::Error-Mode=any update || exit 75 # try again later: the mirror did not answer
     # What an earlier bake has configured stays, where Debian has another default now.
     apt-get -qq -y -o Dpkg::Use-Pty=0 -o Dpkg::Options::=--force-confold dist-upgrade >/dev/null
 }

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Layer service: the service in an environment of its own, the host's configuration, and what starts at boot.
+# Layer service: the service, the host's configuration, and what starts at boot.
 set -eu
 
 HOME_OF_ALL=/opt/mini-llm
@@ -14,19 +14,12 @@ copy_rootfs() {
     systemd-tmpfiles --create mini-llm.conf
 }
 
-# An environment that holds what the requirements say is kept: a change of the service alone is a matter of seconds.
-make_environment() {
+# It is of the layer below, which must have been made for just these requirements.
+check_environment() {
     wanted=$(sha256sum < "$UPLOADS/service/requirements.txt")
     [ "$(cat "$HOME_OF_ALL/venv/requirements.sha256" 2>/dev/null)" = "$wanted" ] && return 0
-    rm -rf "$HOME_OF_ALL/venv"
-    python3 -m venv "$HOME_OF_ALL/venv"
-    PIP_CERT=/etc/ssl/certs/ca-certificates.crt "$HOME_OF_ALL/venv/bin/pip" install --quiet --no-cache-dir \
-        --disable-pip-version-check --no-compile --require-hashes --no-deps --only-binary :all: \
-        -r "$UPLOADS/service/requirements.txt"
-    find "$HOME_OF_ALL/venv" -path '*/gpt4all/*' -name '*cuda*' -delete # for graphics cards: 9 tenths of its size
-    "$HOME_OF_ALL/venv/bin/pip" uninstall --quiet --yes pip
-    "$HOME_OF_ALL/venv/bin/python" -m compileall -q "$HOME_OF_ALL/venv/lib"
-    echo "$wanted" > "$HOME_OF_ALL/venv/requirements.sha256"
+    echo "error: the layer stack below has another environment than service/requirements.txt asks for; bake that layer too" >&2
+    return 1
 }
 
 copy_service() {
@@ -59,14 +52,28 @@ enable_units() {
         mini-llm-monitoring.service mini-llm-certificate.service mini-llm-report.socket
 }
 
-list_packages() {
+# For the node's report, and so for the list of what an image is made of.
+list_parts() {
     dpkg-query --show --showformat '${Package} ${Version}\n' > /usr/share/mini-llm/packages.txt
+    "$HOME_OF_ALL/venv/bin/python" -c 'from importlib.metadata import distributions
+for each in distributions(): print(each.name, each.version)' | sort -f > /usr/share/mini-llm/python.txt
+}
+
+# What makes up the image's size, in bytes; the system is all that is not one of the others.
+list_sizes() {
+    size_of() { du -sxB1 "$@" 2>/dev/null | cut -f1; }
+    models=$(size_of "$HOME_OF_ALL/models") venv=$(size_of "$HOME_OF_ALL/venv") service=$(size_of "$HOME_OF_ALL/service")
+    containers=$(size_of /var/lib/docker)
+    system=$(($(size_of /usr) + $(size_of /var) + $(size_of /boot) + $(size_of /etc) - containers))
+    printf '{"model": %s, "venv": %s, "service": %s, "containers": %s, "system": %s}\n' \
+        "$models" "$venv" "$service" "$containers" "$system" > /usr/share/mini-llm/sizes.json
 }
 
 copy_rootfs
-make_environment
+check_environment
 copy_service
 write_settings
 record_golden_answer
 enable_units
-list_packages
+list_parts
+list_sizes

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import secrets
 import subprocess
 import tempfile
@@ -48,32 +49,55 @@ _BAKE_TIMEOUT_S = 900
 _HOST_AUTHORITIES = Path("/etc/ssl/certs/ca-certificates.crt")
 
 
-def packer(folder: Path, environment: dict[str, str], *words: str) -> str:
-    """Runs Packer with its plugin in place; returns what it said. Raises ProgramMissing; fails with its words."""
+def packer_environment(folder: Path) -> dict[str, str]:
+    """Variables with which Packer is on the PATH and has its plugin. Raises ProgramMissing."""
     program, plugin = obtain(PACKER), obtain(PACKER_PLUGIN_HCLOUD)
-    own = {"PACKER_PLUGIN_PATH": str(folder / "plugins"), "PACKER_CONFIG_DIR": str(folder), "CHECKPOINT_DISABLE": "1"}
-    told = {**environment, **own}
-    for command in (["plugins", "install", "--path", str(plugin), "github.com/hetznercloud/hcloud"], list(words)):
-        done = subprocess.run(
-            [program, *command], cwd=ROOT, env=told, capture_output=True, text=True, timeout=_BAKE_TIMEOUT_S
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+    (folder / "bin").mkdir(exist_ok=True)
+    (folder / "bin" / "packer").unlink(missing_ok=True)
+    (folder / "bin" / "packer").symlink_to(program)
+    own = {
+        "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
+        "PACKER_PLUGIN_PATH": str(folder / "plugins"),
+        "PACKER_CONFIG_DIR": str(folder),
+        "CHECKPOINT_DISABLE": "1",
+    }
+    _run_packer({**os.environ, **own}, "plugins", "install", "--path", str(plugin), "github.com/hetznercloud/hcloud")
+    return own
+
+
+def _run_packer(environment: dict[str, str], *words: str) -> str:
+    done = subprocess.run(
+        ["packer", *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=_BAKE_TIMEOUT_S
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-def bake(cloud: LocalCloud, folder: Path, **variables: str) -> BoundImage:
-    """Bakes with these variables of the template, and container images from a registry of our own; the snapshot."""
+def packer(folder: Path, environment: dict[str, str], *words: str) -> str:
+    """Runs Packer with its plugin in place; returns what it said. Raises ProgramMissing; fails with its words."""
+    return _run_packer({**environment, **packer_environment(folder)}, *words)
+
+
+@contextmanager
+def stand_in_registry(cloud: LocalCloud, folder: Path) -> Iterator[tuple[Path, Path]]:
+    """A registry that has what tests put into containers: the file that pins it, and the authorities to trust."""
     host, _ = transfer_addresses(tag_of(cloud.state))  # where servers reach this host
     with running_registry(folder, host, free_port()) as registry:
         pins = json.loads((ROOT / "image" / "pins.json").read_text())
         for name, program in CONTAINERS.items():
             digest = registry.push_program(name, obtain(program))
             pins["images"][name] = {"image": f"{registry.address}/{name}", "version": program.version, "digest": digest}
-        (folder / "pins.json").write_text(json.dumps(pins))
-        authorities = folder / "authorities.crt"
+        pins_file, authorities = folder / "pins.json", folder / "authorities.crt"
+        pins_file.write_text(json.dumps(pins))
         authorities.write_text(_HOST_AUTHORITIES.read_text() + registry.authority.read_text())
+        yield pins_file, authorities
+
+
+def bake(cloud: LocalCloud, folder: Path, **variables: str) -> BoundImage:
+    """Bakes with these variables of the template, and container images from a registry of our own; the snapshot."""
+    with stand_in_registry(cloud, folder) as (pins_file, authorities):
         words = [f"-var={name}={value}" for name, value in variables.items()]
-        words += [f"-var=pins_file={folder / 'pins.json'}", f"-var=extra_ca_file={authorities}"]
+        words += [f"-var=pins_file={pins_file}", f"-var=extra_ca_file={authorities}"]
         packer(folder, cloud.environment, "build", "-color=false", *words, "image")
     return cloud.client().images.get_all(type="snapshot", sort="id:desc")[0]
 

@@ -1,0 +1,337 @@
+"""Owns the calls of the Hetzner Cloud API: which of them are tried again, and how a result is found whose answer was
+lost.
+
+A call is tried again with growing, random pauses on what passes by itself, also `locked`, which hcloud for Python
+leaves to its callers. Whatever makes something has a name that is unique in the project, so that a second try finds
+the first one's result instead of making another.
+"""
+
+import logging
+import os
+import random
+import time
+import tomllib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import requests
+from hcloud import APIException, Client
+from hcloud.actions import BoundAction
+from hcloud.images import BoundImage, Image
+from hcloud.locations import Location
+from hcloud.server_types import BoundServerType, ServerType
+from hcloud.servers import BoundServer
+from hcloud.ssh_keys import BoundSSHKey
+
+from scripts.bake.errors import BakeError, CloudFailed, ImageGone, Refused, Unavailable
+from scripts.bake.snapshots import SELECTOR, Snapshot, read_snapshot, with_labels
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+
+# https://docs.hetzner.cloud/reference/cloud#errors; numbers are of answers that a proxy on the way made up.
+PASSING = {
+    *("conflict", "locked", "rate_limit_exceeded", "bad_gateway", "timeout", "unavailable", "server_error"),
+    *("service_error", "maintenance", 500, 502, 503, 504),
+}
+NO_ROOM = {"resource_unavailable", "placement_error"}
+_CALL_TIMEOUT_S = (10.0, 60.0)
+_PATIENCE_S = 300.0  # for one call that fails again and again
+_FIRST_LOOK_S, _LONGEST_LOOK_S = 0.2, 3.0  # at an action; the API allows one request a second in the long run
+_HINTS = {
+    "unauthorized": "the token is wrong or was deleted: make one with read and write access in the project's settings",
+    "token_readonly": "the token may only read: make one with read and write access",
+    "forbidden": "the token may not do this: make one with read and write access",
+    "resource_limit_exceeded": "the project's limit is reached: delete what is not needed, or ask Hetzner",
+}
+
+
+def pauses() -> Iterator[float]:
+    """Seconds to wait before each further try: growing, and random, so that many who failed together part."""
+    pause_s = 0.5
+    while True:
+        yield random.uniform(pause_s / 2, pause_s)  # noqa: S311 - no secret
+        pause_s = min(pause_s * 2, 30.0)
+
+
+@dataclass(frozen=True)
+class Access:
+    """Where the API is and who may use it; the token is shown nowhere."""
+
+    endpoint: str
+    token: str
+
+    def __repr__(self) -> str:
+        return f"Access({self.endpoint!r}, …)"
+
+
+def find_access(environment: dict[str, str] | None = None) -> Access:
+    """From HCLOUD_TOKEN, or the active context of the hcloud command's own file. Raises Refused."""
+    told = dict(os.environ) if environment is None else environment
+    endpoint = told.get("HCLOUD_ENDPOINT") or "https://api.hetzner.cloud/v1"
+    if token := told.get("HCLOUD_TOKEN", "").strip():
+        return Access(endpoint.rstrip("/"), token)
+    path = Path(told.get("HCLOUD_CONFIG") or Path(told.get("HOME", "~")).expanduser() / ".config/hcloud/cli.toml")
+    hint = "set HCLOUD_TOKEN, or make a context: hcloud context create NAME; no account: make cloud CLOUD=--old-clients"
+    try:
+        known = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise Refused("there is no token for the cloud", hint) from None
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise Refused(f"{path} cannot be read", hint) from error
+    name = told.get("HCLOUD_CONTEXT") or known.get("active_context")
+    for context in known.get("contexts", []):
+        if context.get("name") == name and context.get("token"):
+            return Access(
+                str(told.get("HCLOUD_ENDPOINT") or context.get("endpoint") or endpoint).rstrip("/"), context["token"]
+            )
+    raise Refused(f"{path} has no active context with a token", hint)
+
+
+class Cloud:
+    """One project at the cloud; every method returns when what it asks for is done, or raises a BakeError."""
+
+    def __init__(self, access: Access, patience_s: float = _PATIENCE_S):
+        self.access = access
+        self._patience_s = patience_s
+        # Its own limit of polls is too low for a snapshot of gigabytes, so actions are waited for here.
+        self.client = Client(
+            access.token, access.endpoint, application_name="mini-llm-bake", timeout=_CALL_TIMEOUT_S, poll_max_retries=0
+        )
+
+    def attempt(self, what: str, call: Callable[[], T], found: Callable[[], T | None] | None = None) -> T:
+        """The call's result, tried again as long as it fails in passing.
+
+        ``found`` looks for the result of a call whose answer was lost. Raises CloudFailed, and APIException of what
+        the caller has to tell apart itself: not_found, invalid_input, uniqueness_error, and that there is no room.
+        """
+        end_s = time.monotonic() + self._patience_s
+        pauses_s = pauses()
+        while True:
+            try:
+                return call()
+            except APIException as error:
+                if (
+                    error.code == "uniqueness_error"
+                    and found is not None
+                    and (result := self._look(what, found)) is not None
+                ):
+                    return result
+                if error.code not in PASSING or time.monotonic() > end_s:
+                    if error.code in {"not_found", "invalid_input", "uniqueness_error", *NO_ROOM}:
+                        raise
+                    raise _describe(what, error) from error
+                reason = str(error)
+            except requests.RequestException as error:
+                if time.monotonic() > end_s:
+                    raise CloudFailed(
+                        f"{what}: {self.access.endpoint} cannot be reached ({type(error).__name__})",
+                        "look after the network, then run the same command again: it goes on where it can",
+                    ) from error
+                reason = type(error).__name__
+            _log.info("%s: %s; tried again", what, reason)
+            time.sleep(next(pauses_s))
+            if found is not None and (result := self._look(what, found)) is not None:
+                return result
+
+    def _look(self, what: str, found: Callable[[], T | None]) -> T | None:
+        return self.attempt(f"{what}, looked for", found)
+
+    def wait(self, what: str, actions: Iterable[BoundAction], end_s: float) -> None:
+        """Waits for actions, until ``end_s`` of Unix time. Raises CloudFailed, ActionFailed with the reason."""
+        for each in actions:
+            action, pause_s = each, _FIRST_LOOK_S
+            while action.status == BoundAction.STATUS_RUNNING:
+                if time.time() > end_s:
+                    raise CloudFailed(
+                        f"{what}: action {action.id} did not end in time", "look at it in Hetzner's console"
+                    )
+                time.sleep(pause_s)
+                pause_s = min(pause_s * 1.3, _LONGEST_LOOK_S)
+                action = self.attempt(what, lambda number=action.id: self.client.actions.get_by_id(number))
+            if action.status == BoundAction.STATUS_ERROR:
+                told = action.error or {}
+                raise ActionFailed(f"{what}: {told.get('message')} ({told.get('code')}, action {action.id})")
+
+    # What is there.
+
+    def snapshots(self) -> list[Snapshot]:
+        """Every snapshot of this product."""
+        images = self.attempt(
+            "list the snapshots", lambda: self.client.images.get_all(type=["snapshot"], label_selector=SELECTOR)
+        )
+        return [read_snapshot(each) for each in images]
+
+    def snapshot(self, number: int) -> Snapshot | None:
+        """One of them, fresh; None if it is gone, or is nothing of this product."""
+        try:
+            image = self.attempt(f"look at snapshot {number}", lambda: self.client.images.get_by_id(number))
+        except APIException as error:
+            if error.code != "not_found":
+                raise _describe(f"look at snapshot {number}", error) from error
+            return None
+        return read_snapshot(image) if image.type == "snapshot" and image.labels.get("product") == "mini-llm" else None
+
+    def servers(self) -> list[BoundServer]:
+        """Every server of the project, others' too."""
+        return self.attempt("list the servers", self.client.servers.get_all)
+
+    def ssh_keys(self) -> list[BoundSSHKey]:
+        """Every SSH key of the project."""
+        return self.attempt("list the SSH keys", self.client.ssh_keys.get_all)
+
+    def server_types(self) -> list[BoundServerType]:
+        """What is on offer."""
+        return self.attempt("list the server types", self.client.server_types.get_all)
+
+    def pricing(self) -> dict[str, Any]:
+        """The price list, as ``GET /pricing`` has it."""
+        answer = self.attempt("look at the prices", lambda: self.client.request("GET", "/pricing"))
+        return dict(answer["pricing"])
+
+    # What is made and changed.
+
+    def add_key(self, name: str, public_key: str, labels: dict[str, str]) -> BoundSSHKey:
+        """An SSH key; the one of that name, if a try before has made it."""
+        return self.attempt(
+            "add the SSH key",
+            lambda: self.client.ssh_keys.create(name, public_key, labels=labels),
+            lambda: self.client.ssh_keys.get_by_name(name),
+        )
+
+    def create_server(
+        self,
+        name: str,
+        image: int,
+        places: Iterable[tuple[str, str]],
+        key: BoundSSHKey,
+        user_data: str,
+        labels: dict[str, str],
+        end_s: float,
+    ) -> BoundServer:
+        """A server that was started, of the first (type, location) that has room.
+
+        Raises Unavailable if none has, ImageGone if the snapshot was removed meanwhile.
+        """
+        tried = []
+        for server_type, location in places:
+            try:
+                return self._create_server(name, image, server_type, location, key, user_data, labels, end_s)
+            except APIException as error:
+                if error.code not in NO_ROOM:
+                    if self.snapshot(image) is None:
+                        raise ImageGone(f"snapshot {image} is gone") from error
+                    raise _describe(f"create {name}", error) from error
+                _log.info("no room for %s at %s: %s", server_type, location, error)
+                tried.append(f"{server_type} at {location}")
+        raise Unavailable(
+            f"there is no room for a server: {', '.join(tried)}",
+            "name other locations or types (--location, --node-type), or try again later",
+        )
+
+    def _create_server(
+        self,
+        name: str,
+        image: int,
+        server_type: str,
+        location: str,
+        key: BoundSSHKey,
+        user_data: str,
+        labels: dict[str, str],
+        end_s: float,
+    ) -> BoundServer:
+        what = f"create {name} ({server_type}, {location})"
+        for _ in range(3):
+            answered: list[BoundAction] = []
+
+            def create(answered: list[BoundAction] = answered) -> BoundServer:
+                made = self.client.servers.create(
+                    name,
+                    ServerType(name=server_type),
+                    Image(id=image),
+                    ssh_keys=[key],
+                    user_data=user_data,
+                    location=Location(name=location),
+                    labels=labels,
+                )
+                answered.extend((made.action, *made.next_actions))
+                return made.server
+
+            server = self.attempt(what, create, lambda: self.client.servers.get_by_name(name))
+            try:
+                self.wait(what, answered, end_s)
+                if not answered:
+                    self._wait_until_running(what, server.id, end_s)
+                return self.attempt(what, lambda number=server.id: self.client.servers.get_by_id(number))
+            except (ActionFailed, APIException) as error:
+                if isinstance(error, APIException) and error.code != "not_found":
+                    raise
+                _log.info("%s: %s; made anew", what, error)
+                self.delete_server(server, end_s)
+        raise ActionFailed(f"{what}: it failed again and again")
+
+    def _wait_until_running(self, what: str, number: int, end_s: float) -> None:
+        """For a server whose answer was lost, and its actions with it."""
+        while time.time() < end_s:
+            server = self.attempt(what, lambda: self.client.servers.get_by_id(number))
+            if server.status == "running":
+                return
+            if server.status == "off":
+                action = self.attempt(what, server.power_on)
+                self.wait(what, [action], end_s)
+                return
+            time.sleep(1)
+        raise CloudFailed(f"{what}: it does not start")
+
+    def delete_server(self, server: BoundServer, end_s: float) -> None:
+        """A server that is gone; it may be so already."""
+        self._delete(f"delete server {server.name}", server.delete, end_s)
+
+    def delete_key(self, key: BoundSSHKey) -> None:
+        """An SSH key that is gone; it may be so already."""
+        self._delete(f"delete SSH key {key.name}", key.delete, 0)
+
+    def delete_snapshot(self, snapshot: Snapshot) -> None:
+        """A snapshot that is gone; it may be so already."""
+        self._delete(f"delete snapshot {snapshot.id}", lambda: self.client.images.delete(Image(id=snapshot.id)), 0)
+
+    def _delete(self, what: str, call: Callable[[], BoundAction | bool], end_s: float) -> None:
+        try:
+            result = self.attempt(what, call)
+            if isinstance(result, BoundAction):
+                self.wait(what, [result], end_s)
+        except APIException as error:
+            if error.code != "not_found":
+                raise _describe(what, error) from error
+
+    def relabel(self, snapshot: Snapshot, *without: str, **more: str) -> Snapshot:
+        """The snapshot with other labels, in one call; the labels are read anew right before. Raises ImageGone."""
+        what = f"label snapshot {snapshot.id}"
+
+        def write() -> BoundImage:
+            now = read_snapshot(self.client.images.get_by_id(snapshot.id))
+            return self.client.images.update(Image(id=snapshot.id), labels=with_labels(now, *without, **more))
+
+        try:
+            return read_snapshot(self.attempt(what, write))
+        except APIException as error:
+            if error.code == "not_found":
+                raise ImageGone(f"snapshot {snapshot.id} is gone: somebody else has removed it") from error
+            raise _describe(what, error) from error
+
+
+class ActionFailed(CloudFailed):
+    """An action that the API took on ended in an error."""
+
+
+def describe_code(code: str) -> str:
+    """What to do about an error's code, as far as there is more to say than the cloud does."""
+    return _HINTS.get(code, "")
+
+
+def _describe(what: str, error: APIException) -> BakeError:
+    """An answer that ends a verb, with what Hetzner's support asks for."""
+    correlation = f", correlation id {error.correlation_id}" if error.correlation_id else ""
+    return CloudFailed(f"{what}: {error.message} ({error.code}{correlation})", describe_code(str(error.code)))
