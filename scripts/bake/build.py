@@ -29,7 +29,7 @@ from scripts.bake.errors import (
     Unavailable,
 )
 from scripts.bake.inputs import Model, Tree, read_tree
-from scripts.bake.leftovers import describe, find_leftovers, remove, servers_of, take_back
+from scripts.bake.leftovers import Leftovers, describe, find_leftovers, remove, servers_of, take_back
 from scripts.bake.packer import PackerEnded
 from scripts.bake.preflight import (
     Place,
@@ -396,8 +396,9 @@ def prove_image(
             probe = Probe(str(server.public_net.ipv4.ip), facts)
             proof = prove(probe, model, tree, image.version, _CREATE_PATIENCE_S, console.show)
     finally:
-        cloud.delete_server(server, run.deadline_s)
-        cloud.delete_key(key)
+        # Whatever it has shown counts; what cannot be removed now is tried once more at the run's end, and by sweep.
+        if problems := remove(cloud, Leftovers([server], [key], [])):
+            console.say(describe(problems))
     return proof, f"{server.server_type.name} at {server.location.name}"
 
 

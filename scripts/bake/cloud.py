@@ -39,6 +39,8 @@ PASSING = {
 NO_ROOM = {"resource_unavailable", "placement_error"}
 _CALL_TIMEOUT_S = (10.0, 60.0)
 _PATIENCE_S = 300.0  # for one call that fails again and again
+_FIRST_PATIENCE_S = 15.0  # as long as nothing was ever heard of this cloud: its address may be wrong
+_SILENCE_S = 5.0  # after which a person is told what is being waited for
 _FIRST_LOOK_S, _LONGEST_LOOK_S = 0.2, 3.0  # at an action; the API allows one request a second in the long run
 _HINTS = {
     "unauthorized": "the token is wrong or was deleted: make one with read and write access in the project's settings",
@@ -95,7 +97,7 @@ class Cloud:
 
     def __init__(self, access: Access, patience_s: float = _PATIENCE_S):
         self.access = access
-        self._patience_s = patience_s
+        self._patience_s, self._reached = patience_s, False
         # Its own limit of polls is too low for a snapshot of gigabytes, so actions are waited for here.
         self.client = Client(
             access.token, access.endpoint, application_name="mini-llm-bake", timeout=_CALL_TIMEOUT_S, poll_max_retries=0
@@ -107,12 +109,16 @@ class Cloud:
         ``found`` looks for the result of a call whose answer was lost. Raises CloudFailed, and APIException of what
         the caller has to tell apart itself: not_found, invalid_input, uniqueness_error, and that there is no room.
         """
-        end_s = time.monotonic() + self._patience_s
+        begin_s = time.monotonic()
+        end_s = begin_s + (self._patience_s if self._reached else min(self._patience_s, _FIRST_PATIENCE_S))
         pauses_s = pauses()
         while True:
             try:
-                return call()
+                result = call()
+                self._reached = True
+                return result
             except APIException as error:
+                self._reached = True
                 if (
                     error.code == "uniqueness_error"
                     and found is not None
@@ -131,7 +137,8 @@ class Cloud:
                         "look after the network, then run the same command again: it goes on where it can",
                     ) from error
                 reason = type(error).__name__
-            _log.info("%s: %s; tried again", what, reason)
+            told = _log.warning if time.monotonic() - begin_s > _SILENCE_S else _log.info
+            told("%s: %s; tried again", what, reason)
             time.sleep(next(pauses_s))
             if found is not None and (result := self._look(what, found)) is not None:
                 return result
@@ -298,12 +305,19 @@ class Cloud:
         self._delete(f"delete snapshot {snapshot.id}", lambda: self.client.images.delete(Image(id=snapshot.id)), 0)
 
     def _delete(self, what: str, call: Callable[[], BoundAction | bool], end_s: float) -> None:
-        try:
-            result = self.attempt(what, call)
-            if isinstance(result, BoundAction):
-                self.wait(what, [result], end_s)
-        except APIException as error:
-            if error.code != "not_found":
+        for pause_s, last_try in zip(pauses(), (False, False, False, True), strict=False):
+            try:
+                result = self.attempt(what, call)
+                if isinstance(result, BoundAction):
+                    self.wait(what, [result], end_s)
+                return
+            except ActionFailed:
+                if last_try:
+                    raise
+                time.sleep(pause_s)
+            except APIException as error:
+                if error.code == "not_found":
+                    return
                 raise _describe(what, error) from error
 
     def relabel(self, snapshot: Snapshot, *without: str, **more: str) -> Snapshot:

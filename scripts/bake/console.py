@@ -114,4 +114,7 @@ def log_to(path: Path, secret: str) -> None:
     for old in list(root.handlers):
         root.removeHandler(old)
     root.addHandler(handler)
+    shown = logging.StreamHandler()
+    shown.setLevel(logging.WARNING)
+    root.addHandler(shown)
     logging.getLogger("urllib3").setLevel(logging.WARNING)

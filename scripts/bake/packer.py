@@ -117,7 +117,8 @@ def build(
 def _end(process: "subprocess.Popen[bytes]") -> None:
     if process.poll() is not None:
         return
-    process.send_signal(signal.SIGINT)
+    # To all of its session, as a terminal would: Packer's outermost process does not hand it on.
+    os.killpg(process.pid, signal.SIGINT)
     try:
         process.wait(_TAKE_BACK_PATIENCE_S)
     except subprocess.TimeoutExpired:

@@ -55,13 +55,13 @@ def find_places(
             Place(each.name, location, each.disk, *_prices(each, location))
             for each in chosen
             for location in wanted
-            if _is_offered(each, location)
+            if _is_offered(each, location, each.name in (bake_type, node_type))
         ]
 
     memory_gb = tree.model.memory_gb
     by_price = sorted(types.values(), key=lambda each: min((_prices(each, place)[1] for place in wanted), default=0))
     fitting = [each for each in by_price if each.memory >= memory_gb and each.disk >= tree.model.disk_gb]
-    nodes = [types[node_type]] if node_type else [each for each in fitting if _is_current(each)]
+    nodes = [types[node_type]] if node_type else fitting
     probe = places(nodes)[: _BAKES_TRIED * len(wanted)]
     if not probe:
         raise Refused(
@@ -70,11 +70,7 @@ def find_places(
             "name other locations (--location) or a type (--node-type)",
         )
     smallest_gb = min(place.disk_gb for place in probe)
-    bakes = (
-        [types[bake_type]]
-        if bake_type
-        else [each for each in fitting if _is_current(each) and each.disk <= smallest_gb]
-    )
+    bakes = [types[bake_type]] if bake_type else [each for each in fitting if each.disk <= smallest_gb]
     for each in bakes if bake_type else ():
         _check_disk(each, tree, smallest_gb)
     bake = places(bakes)[: _BAKES_TRIED * len(wanted)]
@@ -104,15 +100,12 @@ def _prices(offered: BoundServerType, location: str) -> tuple[float, float]:
     return float("inf"), float("inf")
 
 
-def _is_offered(offered: BoundServerType, location: str) -> bool:
-    told = offered.locations
-    if not told:  # an API of before 2025 says it by the prices
-        return _prices(offered, location)[0] != float("inf")
-    return any(each.location.name == location and each.available is not False for each in told)
-
-
-def _is_current(offered: BoundServerType) -> bool:
-    return offered.deprecation is None
+def _is_offered(offered: BoundServerType, location: str, by_name: bool) -> bool:
+    """Whether it can be had there; what is about to go only for who asked for it by name."""
+    return any(
+        each.location.name == location and each.available is not False and (by_name or each.deprecation is None)
+        for each in offered.locations or []
+    )
 
 
 def price_of_bake(places: Places, servers: int, snapshot_gb: float, pricing: Mapping[str, Any]) -> dict[str, float]:

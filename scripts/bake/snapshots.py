@@ -167,12 +167,16 @@ def keep_reasons(
     wanted = set(wanted_inputs)
     kept = [each for each in every if each.id in reasons]
     layers = sorted((each for each in every if not each.is_image), key=_age)
+    newest_of: set[tuple[str, str]] = set()
     for each in layers:
         if each.input in wanted:
             keep(each, "the next bake starts from it")
             wanted.discard(each.input)  # an older twin is of no use
+        elif (each.layer, each.model) not in newest_of:
+            keep(each, "the newest of its layer and model")
         elif any(other.parent == str(each.id) and other.layer != each.layer for other in kept if other.is_image):
             keep(each, "an image that stays was baked on it")
+        newest_of.add((each.layer, each.model))
     return reasons
 
 

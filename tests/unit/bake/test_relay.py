@@ -1,0 +1,122 @@
+"""The way of Packer's calls: labelled, tried again, and their failures known by code."""
+
+import json
+from typing import Any
+
+import pytest
+import requests
+
+from scripts.bake import relay as relay_module
+from scripts.bake.cloud import Access
+from scripts.bake.relay import Relay
+from tests.unit.bake.conftest import InProcess
+from tests.unit.bake.test_cloud import drop, lose, refuse
+from tests.unit.local_cloud.conftest import PUBLIC_KEY
+from tests.unit.local_cloud.conftest import Cloud as LocalCloud
+
+LABELS = {"product": "mini-llm", "run": "20261126-1200-0a1b2c", "deadline": "1"}
+
+
+class _Silent:
+    """In the place of the listening socket."""
+
+    daemon_threads = False
+
+    def __init__(self, *words: Any):
+        self.server_port = 1
+
+
+@pytest.fixture
+def relay(way: InProcess, monkeypatch: pytest.MonkeyPatch) -> Relay:
+    """One that listens nowhere."""
+    monkeypatch.setattr(relay_module, "ThreadingHTTPServer", _Silent)
+    monkeypatch.setattr(relay_module.time, "sleep", lambda seconds: None)
+    made = Relay(Access("http://127.0.0.1:8899/v1", "local"), LABELS, patience_s=5.0)
+    session = requests.Session()
+    session.mount("http://", way)
+    made._local.session = session
+    return made
+
+
+def call(relay: Relay, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, Any]:
+    status, _, content = relay.forward(method, path, b"" if body is None else json.dumps(body).encode())
+    return status, json.loads(content) if content else None
+
+
+KEY = {"name": "packer-1", "public_key": PUBLIC_KEY, "labels": {"own": "x"}}
+
+
+def test_keys_and_servers_get_the_runs_labels(relay: Relay, local: LocalCloud) -> None:
+    """Beside those that the template gives them."""
+    assert call(relay, "POST", "/ssh_keys", KEY)[1]["ssh_key"]["labels"] == {"own": "x", **LABELS}
+    status, told = call(relay, "POST", "/servers", {"name": "b", "server_type": "cx23", "image": "debian-13"})
+    assert status == 201
+    assert told["server"]["labels"] == LABELS
+    local.wait(told["action"], *told["next_actions"])
+
+
+@pytest.mark.parametrize(
+    ("status", "code"), [(423, "locked"), (503, "unavailable"), (429, "rate_limit_exceeded"), (500, "server_error")]
+)
+def test_what_passes_is_tried_again_for_packer(relay: Relay, way: InProcess, status: int, code: str) -> None:
+    """Its plugin would give up."""
+    way.faults = [refuse(status, code)] * 2
+    assert call(relay, "POST", "/ssh_keys", KEY)[0] == 201
+    assert relay.failures == []
+
+
+def test_a_read_or_a_deletion_without_an_answer_is_tried_again(relay: Relay, way: InProcess) -> None:
+    """They can be repeated."""
+    way.faults = [drop]
+    assert call(relay, "GET", "/servers")[0] == 200
+    made = call(relay, "POST", "/ssh_keys", KEY)[1]["ssh_key"]["id"]
+    way.faults = [drop]
+    assert call(relay, "DELETE", f"/ssh_keys/{made}")[0] == 204
+
+
+def test_a_creation_whose_answer_was_lost_is_not_repeated(relay: Relay, way: InProcess) -> None:
+    """Packer gives up, and the bake knows that something may be there."""
+    way.faults = [lose(way)]
+    status, told = call(relay, "POST", "/ssh_keys", KEY)
+    assert (status, told["error"]["code"]) == (503, "unavailable")
+    [failed] = relay.failures
+    assert (failed.call, failed.lost, failed.passes) == ("POST /ssh_keys", True, True)
+    assert len(call(relay, "GET", "/ssh_keys")[1]["ssh_keys"]) == 1
+
+
+def test_what_does_not_pass_is_handed_on_and_noted(relay: Relay, way: InProcess) -> None:
+    """By its code, with what support asks for."""
+    way.faults = [refuse(403, "forbidden")]
+    status, told = call(relay, "POST", "/ssh_keys", KEY)
+    assert (status, told["error"]["code"]) == (403, "forbidden")
+    [failed] = relay.failures
+    assert (failed.code, failed.correlation_id, failed.passes) == ("forbidden", "c0ffee", False)
+
+
+def test_an_action_that_failed_is_noted(relay: Relay, local: LocalCloud) -> None:
+    """It comes in an answer that went well."""
+    fault = {"path": "/v1/servers", "method": "POST", "kind": "action_failed", "times": 1}
+    local.call("PUT", "/_local/faults", {"faults": [fault]})
+    told = call(relay, "POST", "/servers", {"name": "b", "server_type": "cx23", "image": "debian-13"})[1]
+    local.wait(told["action"])
+    call(relay, "GET", f"/actions/{told['action']['id']}")
+    assert [(each.code, each.passes) for each in relay.failures] == [("action_failed", True)]
+    local.wait(*told["next_actions"])
+
+
+def test_a_snapshot_waits_until_the_server_is_off(relay: Relay, local: LocalCloud, way: InProcess) -> None:
+    """Shutdown's success says only that the button was pressed."""
+    server = local.make_server()
+    way.faults = [None] * 3
+    seen: list[str] = []
+
+    def power_off_at_the_third_look(request: requests.PreparedRequest) -> None:
+        seen.append(local.status(server))
+        if len(seen) == 3:
+            local.succeed(f"/servers/{server}/actions/poweroff")
+
+    way.faults = [power_off_at_the_third_look] * 3
+    status, told = call(relay, "POST", f"/servers/{server}/actions/create_image", {"type": "snapshot"})
+    assert status == 201
+    assert seen == ["running"] * 3
+    local.wait(told["action"])
