@@ -79,4 +79,6 @@ def running_acme_server(folder: Path, host: str) -> Iterator[AcmeServer]:
                 assert time.monotonic() < end_s, (folder / "pebble.log").read_text()
                 time.sleep(0.1)
         log_path = folder / "pebble.log"
-        yield AcmeServer(directory, chain, log_path, f"http://127.0.0.1:{dns_management}", f"https://{host}:{management}")
+        yield AcmeServer(
+            directory, chain, log_path, f"http://127.0.0.1:{dns_management}", f"https://{host}:{management}"
+        )

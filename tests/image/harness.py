@@ -225,5 +225,3 @@ def cut_off(cloud: LocalCloud, *names: str) -> None:
     url = cloud.endpoint.removesuffix("/v1") + "/_local/network"
     headers = {"Authorization": f"Bearer {TOKEN}"}
     requests.put(url, json={"cut_off": list(names)}, headers=headers, timeout=10).raise_for_status()
-
-

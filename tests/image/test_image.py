@@ -215,8 +215,10 @@ def test_every_ban_of_the_unit_holds(cloud: LocalCloud, image: BoundImage, known
         assert float(own.run("systemd-analyze security mini-llm --no-pager | tail -1").split()[-3]) <= 2.0
         program = shlex.quote(PROBE.read_text())
         own.run(f"printf %s {program} > /usr/share/probe.py")
-        own.run(f"mkdir -p /etc/systemd/system/mini-llm.service.d; printf %s {shlex.quote(PROBE_UNIT)} "
-                "> /etc/systemd/system/mini-llm.service.d/probe.conf; systemctl daemon-reload")
+        own.run(
+            f"mkdir -p /etc/systemd/system/mini-llm.service.d; printf %s {shlex.quote(PROBE_UNIT)} "
+            "> /etc/systemd/system/mini-llm.service.d/probe.conf; systemctl daemon-reload"
+        )
         own.run("systemctl stop mini-llm.socket mini-llm.service; systemctl start mini-llm.service")
         seen = json.loads(own.run("cat /run/probe.json"))
         outside = json.loads(own.run("python3 -I /usr/share/probe.py"))
@@ -242,9 +244,7 @@ def test_what_is_open_and_who_may_log_in(served: Node) -> None:
     assert filtered == [20, 21, 23, 24, 25, 53, 111, 3000, 8080, 8082, 8083, 9090, 9093, 9100, 9323]
     options = ["StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "PubkeyAuthentication=no", "BatchMode=yes"]
     words = [word for option in options for word in ("-o", option)]
-    done = subprocess.run(
-        ["ssh", *words, f"root@{served.address}", "true"], capture_output=True, text=True, timeout=30
-    )
+    done = subprocess.run(["ssh", *words, f"root@{served.address}", "true"], capture_output=True, text=True, timeout=30)
     assert done.returncode == 255
     assert "Permission denied (publickey)" in done.stderr
     # The node's own rules go and come without Docker's.
@@ -333,8 +333,10 @@ def test_a_full_disk_costs_answers_and_nothing_else(
     state = "/var/lib/mini-llm"
     with node(cloud.client(), image, known, key) as own:
         own.wait_ready()
-        own.run(f"systemctl stop mini-llm; cp -a {state} {state}-before; mount -t tmpfs -o size=16m none {state}; "
-                f"cp -a {state}-before/. {state}; chown mini-llm: {state}; systemctl start mini-llm")
+        own.run(
+            f"systemctl stop mini-llm; cp -a {state} {state}-before; mount -t tmpfs -o size=16m none {state}; "
+            f"cp -a {state}-before/. {state}; chown mini-llm: {state}; systemctl start mini-llm"
+        )
         own.wait_ready()
         question = {"prompt": "How do I run the tests?", "max_tokens": 4}
         assert own.ask("/generate", question)[0] == 200

@@ -197,7 +197,10 @@ def test_each_alert_fires_for_its_reason_and_resolves(
         with (
             running_webhook(host) as webhook,
             node(
-                cloud.client(), image, known, key,
+                cloud.client(),
+                image,
+                known,
+                key,
                 more={"alerts": {"webhook": webhook.address}, "certificate": certificate},
             ) as made,
         ):
@@ -208,8 +211,10 @@ def test_each_alert_fires_for_its_reason_and_resolves(
             wait_for_prometheus(own)
             wait_for_series(own, 'up{job="service"} == 1')
             _cause_what_the_service_tells(own, webhook)
-            own.run(f"cd /run/mini-llm-traefik; printf %s {shlex.quote(late.read_text())} > certificate.pem; "
-                    f"printf %s {shlex.quote(late_key.read_text())} > certificate.key; {_REREAD}")
+            own.run(
+                f"cd /run/mini-llm-traefik; printf %s {shlex.quote(late.read_text())} > certificate.pem; "
+                f"printf %s {shlex.quote(late_key.read_text())} > certificate.key; {_REREAD}"
+            )
             _cause_a_service_that_is_gone(own, webhook)
             assert webhook.fired == expected
             _wait_until(lambda: expected - webhook.over, 180)
@@ -266,8 +271,10 @@ def test_the_alerts_times_are_what_they_say(tmp_path: Path) -> None:
     """promtool's own test of the rules as they are in the image."""
     if shutil.which("promtool") is None:
         pytest.skip("did not run: promtool is not installed (Debian: sudo apt-get install prometheus)")
-    for words in (["check", "config", "--syntax-only", STACK / "prometheus" / "prometheus.yaml"],
-                  ["check", "rules", STACK / "prometheus" / "alerts.yaml"],
-                  ["test", "rules", Path(__file__).with_name("alerts_test.yaml")]):
+    for words in (
+        ["check", "config", "--syntax-only", STACK / "prometheus" / "prometheus.yaml"],
+        ["check", "rules", STACK / "prometheus" / "alerts.yaml"],
+        ["test", "rules", Path(__file__).with_name("alerts_test.yaml")],
+    ):
         done = subprocess.run(["promtool", *words], capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,277 @@
+"""bake.py on the whole image over the local cloud: from nothing to promoted, again, changed, hurt on the way, bad."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from tests.image.harness import ROOT, packer_environment, stand_in_registry
+from tests.local_cloud.harness import TOKEN, LocalCloud, running_cloud
+from tests.programs import ProgramMissing
+
+# As long as Hetzner's, and taken by the local cloud as well: so that it can be looked for in what a bake leaves.
+LONG_TOKEN = "local".ljust(64, "0")
+_PATIENCE_S = 600
+
+
+@dataclass(frozen=True)
+class Bakery:
+    """A tree to change, and bake.py with all that it needs."""
+
+    cloud: LocalCloud
+    tree: Path
+    state: Path
+    environment: dict[str, str]
+    more: list[str]
+
+    def start(self, verb: str, *words: str) -> "subprocess.Popen[str]":
+        """A verb in a process; ``build`` finds the stand-ins of the registries."""
+        own = self.more if verb == "build" else []
+        return subprocess.Popen(
+            [sys.executable, "scripts/bake.py", verb, "--tree", str(self.tree), *own, *words],
+            cwd=ROOT,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, verb: str, *words: str) -> tuple[int, str, str]:
+        """Exit code, standard output, standard error."""
+        process = self.start(verb, *words)
+        out, err = process.communicate(timeout=_PATIENCE_S)
+        return process.returncode, out, err
+
+    def tell(self, verb: str, *words: str) -> dict[str, Any]:
+        """What a verb that works says as JSON."""
+        code, out, err = self.run(verb, "--json", *words)
+        assert code == 0, err + out
+        return dict(json.loads(out))
+
+    def change(self, path: str, text: str) -> None:
+        """Adds to a file of the tree, and commits it."""
+        with (self.tree / path).open("a") as file:
+            file.write(text)
+        git(self.tree, "commit", "-qam", f"changed {path}")
+
+    def lay_faults(self, *faults: dict[str, Any]) -> None:
+        """Replaces the cloud's plan."""
+        url = self.cloud.endpoint.removesuffix("/v1") + "/_local/faults"
+        headers = {"Authorization": f"Bearer {TOKEN}"}
+        requests.put(url, json={"faults": list(faults)}, headers=headers, timeout=10).raise_for_status()
+
+    def leftovers(self) -> list[str]:
+        """Every server and SSH key, and every snapshot that nobody has finished with: all of it is left over here."""
+        client = self.cloud.client()
+        return [
+            *(f"server {each.name}" for each in client.servers.get_all()),
+            *(f"key {each.name}" for each in client.ssh_keys.get_all()),
+            *(
+                f"snapshot {each.description}"
+                for each in client.images.get_all(type="snapshot")
+                if "deadline" in each.labels
+            ),
+        ]
+
+
+def git(folder: Path, *words: str) -> None:
+    who = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+    subprocess.run(["git", *who, "-C", str(folder), *words], check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def bakery(host: None, tools: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bakery]:
+    """A cloud of its own, and a copy of this tree."""
+    folder = tmp_path_factory.mktemp("bakery")
+    tree, state = folder / "tree", folder / "state"
+    for name in ("image", "service", "cloud-init"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "text"))
+    git(tree, "init", "-q")
+    git(tree, "add", "-A")
+    git(tree, "commit", "-qm", "all")
+    (folder / "packer").mkdir()
+    arguments = ("--old-clients", "--requests-per-hour", "100000")
+    with running_cloud(folder, *arguments, addresses="198.19.52.0/24") as cloud:
+        try:
+            own = packer_environment(folder / "packer")
+        except ProgramMissing as error:
+            if os.environ.get("CI"):
+                raise  # there it must run
+            pytest.skip(f"did not run: {error}")
+        with stand_in_registry(cloud, folder / "packer") as (pins_file, authorities):
+            environment = {
+                **cloud.environment,
+                **own,
+                "HCLOUD_TOKEN": LONG_TOKEN,
+                "MINI_LLM_STATE_DIR": str(state),
+            }
+            more = ["--pins-file", str(pins_file), "--extra-ca-file", str(authorities)]
+            yield Bakery(cloud, tree, state, environment, more)
+
+
+@pytest.fixture(scope="module")
+def first(bakery: Bakery) -> dict[str, Any]:
+    """What the first bake told: two runs of Packer, a probe, verified and promoted."""
+    process = bakery.start("build", "--promote", "--json")
+    seen: set[str] = set()
+    while process.poll() is None:
+        seen |= _who_holds(LONG_TOKEN, process.pid)
+        time.sleep(0.3)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert seen == set()
+    return {**json.loads(out), "lines": err}
+
+
+def _who_holds(secret: str, bake: int) -> set[str]:
+    """Processes that have the secret in their words, or in their environment, but for the bake and this test itself."""
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        for name in ("cmdline", "environ"):
+            try:
+                holds = secret.encode() in (folder / name).read_bytes()
+            except OSError:
+                continue  # it ended meanwhile
+            if holds and not (name == "environ" and int(folder.name) in (bake, os.getpid())):
+                found.add(f"{name} of {(folder / 'comm').read_text().strip()}")
+    return found
+
+
+def test_from_nothing_to_promoted(bakery: Bakery, first: dict[str, Any]) -> None:
+    """Layers, probe, label, channel, Terraform's file; what was there meanwhile is gone."""
+    image = first["image"]
+    assert not first["reused"]
+    assert image["channels"] == {"stable": 1}
+    assert image["verified_at"] is not None
+    assert json.loads((bakery.tree / "terraform/image.auto.tfvars.json").read_text()) == {"image_id": image["id"]}
+    told = bakery.tell("list")
+    assert [each["layer"] for each in told["images"]] == ["stack", "service"]
+    assert image["parent"] == str(told["images"][0]["id"])
+    assert (
+        image["commit"] == subprocess.check_output(["git", "-C", bakery.tree, "rev-parse", "HEAD"], text=True).strip()
+    )
+    assert bakery.leftovers() == []
+    for phase in ("preflight", "layers model to stack", "layer service", "probe", "checks", "label"):
+        assert f"phase {phase} done in " in first["lines"]
+
+
+def test_its_report(bakery: Bakery, first: dict[str, Any]) -> None:
+    """Thirteen checks, the boot, what it is made of: Debian, Python, containers, the model."""
+    report = bakery.tell("show", str(first["image"]["id"]))
+    assert [each for each in report["checks"] if each["problem"]] == []
+    assert len(report["checks"]) == 13
+    assert report["boot"]["model_s"] < report["boot"]["first_token_s"]
+    assert report["sizes_bytes"]["model"] > 2_900_000
+    urls = [each.get("purl", each["name"]) for each in report["sbom"]["components"]]
+    for start in ("pkg:deb/debian/docker.io@", "pkg:pypi/gpt4all@2.8.2", "pkg:oci/traefik@sha256", "starter"):
+        assert any(each.startswith(start) for each in urls), start
+
+
+def test_no_secret_stays(bakery: Bakery, first: dict[str, Any]) -> None:
+    """Neither the token nor a key, in log, report, or what else lies in the state folder."""
+    for path in bakery.state.rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            assert LONG_TOKEN.encode() not in content, path
+            assert b"PRIVATE KEY" not in content, path
+            assert b"mllm_" not in content, path
+
+
+def test_nothing_has_changed(bakery: Bakery, first: dict[str, Any]) -> None:
+    """No server, no Packer; the same image."""
+    calls = bakery.cloud.state / "calls.jsonl"
+    before = len(calls.read_text().splitlines()) if calls.exists() else 0
+    told = bakery.tell("build", "--promote")
+    assert told["reused"]
+    assert told["image"]["id"] == first["image"]["id"]
+    assert told["times_s"] == {}
+    if calls.exists():
+        made = [json.loads(line) for line in calls.read_text().splitlines()[before:]]
+        assert [each for each in made if each["method"] != "GET"] == []
+
+
+def test_a_change_of_the_service_on_a_bad_day(bakery: Bakery, first: dict[str, Any]) -> None:
+    """One layer, although calls fail on the way, and the answers of those that make something are lost."""
+    bakery.change("service/stops.py", "# another\n")
+    bakery.lay_faults(
+        {"path": "/v1/servers", "method": "POST", "kind": "error", "status": 503, "call": 1},
+        {"path": "/v1/servers", "method": "POST", "kind": "lost_answer", "call": 2},
+        {"path": "/v1/servers/*/actions/create_image", "method": "POST", "kind": "lost_answer", "call": 1},
+        {"path": "/v1/actions/*", "method": "GET", "kind": "error", "status": 429, "call": 2},
+        {"path": "/v1/images/*", "method": "PUT", "kind": "error", "status": 423, "call": 1},
+    )
+    told = bakery.tell("build")
+    bakery.lay_faults()
+    assert not told["reused"]
+    assert "layers model to stack" not in told["times_s"]
+    assert bakery.leftovers() == []
+    images = [each for each in bakery.tell("list")["images"] if each["input"] == told["image"]["input"]]
+    assert len(images) == 1
+    changes = bakery.tell("show", str(told["image"]["id"]), "--diff", str(first["image"]["id"]))["changes"]
+    assert any(line.startswith("commit: ") for line in changes)
+    bakery.tell("promote", str(told["image"]["id"]))
+    assert bakery.tell("list")["channels"] == {"stable": told["image"]["id"]}
+    bakery.tell("rollback")
+    assert bakery.tell("list")["channels"] == {"stable": first["image"]["id"]}
+
+
+def test_killed_in_the_checks(bakery: Bakery, first: dict[str, Any]) -> None:
+    """The next build goes on from the candidate: no Packer, one image, and nothing of the dead run stays."""
+    bakery.change("service/stops.py", "# and another\n")
+    process = bakery.start("build")
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("phase checks"):
+            process.send_signal(signal.SIGKILL)
+            break
+    process.communicate()
+    assert len(bakery.leftovers()) == 3  # the probe, its key, the candidate
+    told = bakery.tell("build")
+    assert not any(phase.startswith("layer") for phase in told["times_s"])
+    assert told["image"]["verified_at"] is not None
+    assert bakery.leftovers() == []
+
+
+def test_the_cloud_says_no_to_the_probe(bakery: Bakery, first: dict[str, Any]) -> None:
+    """A clear line with what support asks for, and nothing is left once it is swept."""
+    bakery.change("service/stops.py", "# and one more\n")
+    bakery.lay_faults({"path": "/v1/servers", "method": "POST", "kind": "error", "status": 403, "call": 2})
+    code, _, err = bakery.run("build")
+    bakery.lay_faults()
+    assert code == 4
+    assert "resource_limit_exceeded, correlation id " in err
+    assert "the full log: " in err
+    bakery.tell("sweep", "--yes")
+    assert bakery.leftovers() == []
+
+
+def test_an_image_with_an_open_door_and_a_key_inside_is_never_verified(bakery: Bakery, first: dict[str, Any]) -> None:
+    """Seen from outside by the scan, from inside by the audit; it is gone afterwards, and its report tells why."""
+    rules = bakery.tree / "image/rootfs/etc/nftables.conf"
+    assert "{ 22, 80, 443 }" in rules.read_text()
+    rules.write_text(rules.read_text().replace("{ 22, 80, 443 }", "{ 22, 80, 443, 8099 }"))
+    unit = bakery.tree / "image/rootfs/etc/systemd/system/mini-llm-report.socket"
+    unit.write_text(unit.read_text().replace("[Socket]\n", "[Socket]\nListenStream=8099\n"))
+    (bakery.tree / "image/rootfs/root/.aws").mkdir(parents=True)
+    (bakery.tree / "image/rootfs/root/.aws/credentials").write_text("aws_access_key_id = x\n")
+    git(bakery.tree, "add", "-A")
+    git(bakery.tree, "commit", "-qm", "bad")
+    before = {each["id"] for each in bakery.tell("list")["images"]}
+    code, _, err = bakery.run("build", "--promote")
+    assert code == 1
+    assert "ports: open to everybody: 8099" in err
+    assert "audit: /root/.aws: settings of who baked" in err
+    told = bakery.tell("list")
+    assert {each["id"] for each in told["images"]} == before
+    assert told["channels"] == {"stable": first["image"]["id"]}
+    assert bakery.leftovers() == []
