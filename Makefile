@@ -22,14 +22,14 @@ ifeq ($(LLM_MODEL),)
 unexport LLM_MODEL
 endif
 
-.PHONY: help serve bake cloud cloud-clean test unit bench bench-cloud bench-image train lint lock clean
+.PHONY: help serve bake cloud cloud-clean test unit bench bench-cloud bench-image bench-bake train lint lock clean
 
 help:
 	@echo "make serve   serve a model on 127.0.0.1:8080 (HOST= PORT= MODEL= change that)"
 	@echo "make bake    bake the image, prove it, make it what Terraform launches (BAKE= adds options)"
 	@echo "make cloud   a Hetzner Cloud on this machine, for nothing (root; CLOUD= adds options);  make cloud-clean  remove it"
 	@echo "make test    run every test;  make unit  only the fast ones"
-	@echo "make bench   measure, as ratios in one run;  make bench-cloud, bench-image  times of the local cloud, of a node (root)"
+	@echo "make bench   measure, as ratios in one run;  make bench-cloud, bench-image, bench-bake  of cloud, node, bake (root)"
 	@echo "make train   train the starter model again (up to an hour)"
 	@echo "make lint    check style;  make lock  pin requirements again;  make clean  remove .venv and caches"
 
@@ -67,6 +67,10 @@ bench-cloud:
 bench-image:
 	@$(SET_UP) $(TEST_REQUIREMENTS)
 	@$(VENV_PYTHON) -m tests.bench.image
+
+bench-bake:
+	@$(SET_UP) $(TEST_REQUIREMENTS)
+	@$(VENV_PYTHON) -m tests.bench.bake
 
 train:
 	@$(SET_UP) $(TEST_REQUIREMENTS)

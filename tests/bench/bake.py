@@ -1,0 +1,96 @@
+"""Owns ``make bench-bake``: what a bake takes beside Packer alone, and what is spared when things are there already."""
+
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.bench.image import Figure
+from tests.image.bakery import Bakery, running_bakery
+from tests.image.harness import packer
+
+OVERHEAD_GOAL = 1.15  # of Packer alone, without the probe
+SERVICE_GOAL_S = 60.0
+NOTHING_GOAL_S = 2.0
+
+
+def bare(bakery: Bakery, folder: Path) -> float:
+    """Packer alone, by hand: the same layers in the same two runs; their snapshots are gone afterwards."""
+    client, _ = bakery.cloud.client(), folder.mkdir()
+    given = [f"-var=pins_file={bakery.more[1]}", f"-var=extra_ca_file={bakery.more[3]}"]
+    template = str(bakery.tree / "image")
+    begin_s = time.monotonic()
+    packer(folder, bakery.environment, "build", *given, "-var=last_layer=stack", "-var=image_version=bare", template)
+    stack = client.images.get_all(type="snapshot", sort="id:desc")[0]
+    words = ["-var=first_layer=service", f"-var=from_image={stack.id}", "-var=image_version=bare-2"]
+    packer(folder, bakery.environment, "build", *given, *words, template)
+    took_s = time.monotonic() - begin_s
+    for each in client.images.get_all(type="snapshot"):
+        each.delete()
+    return took_s
+
+
+def timed(bakery: Bakery, *words: str) -> tuple[float, dict[str, float]]:
+    """Seconds of a build as a whole, and of its phases."""
+    begin_s = time.monotonic()
+    told = bakery.tell("build", *words)
+    return time.monotonic() - begin_s, told["times_s"]
+
+
+def measure(bakery: Bakery, folder: Path) -> list[Figure]:
+    """All figures, one after the other in one cloud."""
+    packer_s = bare(bakery, folder / "bare")
+    first_s, phases_s = timed(bakery, "--promote")
+    proof_s = phases_s["probe"] + phases_s["checks"]
+    overhead = (first_s - proof_s) / packer_s
+    nothing_s, _ = timed(bakery, "--promote")
+    bakery.change("service/stops.py", "# changed\n")
+    service_s, changed_s = timed(bakery)
+    stack_s, _ = timed(bakery, "--again", "service")
+    scrape = "the checks wait for Prometheus' next scrape, every 15 s"
+    return [
+        Figure("Packer alone, the same layers, two runs", f"{packer_s:.1f} s", "", None, ""),
+        Figure("nothing there", f"{first_s:.1f} s", "", None, f"{proof_s:.1f} s of it are probe and checks"),
+        Figure(
+            "the same without the probe, over Packer",
+            f"{overhead:.2f}",
+            f"≤ {OVERHEAD_GOAL}",
+            overhead <= OVERHEAD_GOAL,
+            "1",
+        ),
+        Figure("stack there", f"{stack_s:.1f} s", "", None, scrape),
+        Figure(
+            "service changed",
+            f"{service_s:.1f} s",
+            f"≤ {SERVICE_GOAL_S:.0f} s",
+            service_s <= SERVICE_GOAL_S,
+            f"{changed_s['layer service']:.1f} s Packer; {scrape}",
+        ),
+        Figure(
+            "nothing changed",
+            f"{nothing_s:.2f} s",
+            f"≤ {NOTHING_GOAL_S:.0f} s",
+            nothing_s <= NOTHING_GOAL_S,
+            "starting Python, hashing the tree, one call",
+        ),
+    ]
+
+
+def main() -> int:
+    """Prints the figures; exit code 1 if a goal was missed."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with running_bakery(folder, "198.19.53.0/24") as bakery:
+            try:
+                figures = measure(bakery, folder)
+            except subprocess.CalledProcessError as error:
+                print(error.stderr, file=sys.stderr)
+                raise
+    for figure in figures:
+        print(figure.line())
+    return 1 if any(figure.good is False for figure in figures) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
