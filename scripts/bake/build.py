@@ -95,6 +95,7 @@ class _Bake:
     run: Run
     version: str
     places: Places
+    packer: str  # its version
 
 
 def build(wishes: Wishes, cloud: Cloud, state: Path, console: Console) -> Baked:
@@ -150,7 +151,7 @@ def _find_finished(snapshots: list[Snapshot], tree: Tree, layer: str) -> Snapsho
 
 def _prepare(wishes: Wishes, tree: Tree, cloud: Cloud, state: Path, console: Console, run: Run) -> _Bake:
     """Looks at all that can be known beforehand, and clears away what dead runs left."""
-    packer.require_packer(tree.folder / "image", os.environ)
+    program = packer.require_packer(tree.folder / "image", os.environ)
     stop_orphans(state)
     places = find_places(cloud.server_types(), tree, list(wishes.locations), wishes.server_type, wishes.node_type)
     snapshots = cloud.snapshots()
@@ -167,7 +168,7 @@ def _prepare(wishes: Wishes, tree: Tree, cloud: Cloud, state: Path, console: Con
     project = project_id(cloud.access.token)
     if warning := warn_of_limit(state, project, len(cloud.servers())):
         console.say(warning)
-    bake = _Bake(wishes, tree, cloud, state, console, run, version, places)
+    bake = _Bake(wishes, tree, cloud, state, console, run, version, places, program)
     segments = _plan(bake, snapshots)[1]
     sizes = [each.size_gb for each in snapshots if each.is_image and each.model == tree.model.name]
     expected_gb = sizes[-1] if sizes else tree.model.size_bytes / 1e9 + 2
@@ -219,7 +220,9 @@ def _bake(bake: _Bake) -> Baked:
         cloud, console, bake.run, candidate, bake.tree.model, bake.tree.folder, bake.places.probe, key
     )
     if proof.problems:
-        report = keep_report(bake.state, make_report(candidate, bake.tree, bake.run, console.times_s, proof, place))
+        report = keep_report(
+            bake.state, make_report(candidate, bake.tree, bake.run, console.times_s, proof, place, bake.packer)
+        )
         cloud.delete_snapshot(candidate)
         raise ChecksFailed(
             f"the image is not what it should be: {'; '.join(proof.problems)}",
@@ -227,7 +230,9 @@ def _bake(bake: _Bake) -> Baked:
         )
     with console.phase("label"):
         verified = cloud.relabel(candidate, "deadline", verified_at=format_time(datetime.now(UTC)))
-    report = keep_report(bake.state, make_report(verified, bake.tree, bake.run, console.times_s, proof, place))
+    report = keep_report(
+        bake.state, make_report(verified, bake.tree, bake.run, console.times_s, proof, place, bake.packer)
+    )
     console.say(f"image {verified.id}, {verified.version}, is verified: {len(proof.checks)} checks passed")
     return Baked(verified, False, report, bake.run.log, console.times_s)
 

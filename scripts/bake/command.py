@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,11 +18,13 @@ from scripts.bake.errors import BakeError, ChecksFailed, Exit, Interrupted, Refu
 from scripts.bake.housekeeping import NEWEST_KEPT, cost, plan_pruning, prune
 from scripts.bake.inputs import read_pins, read_tree
 from scripts.bake.leftovers import find_leftovers, remove
+from scripts.bake.packer import kill_running
 from scripts.bake.pins import find_pins, look_up
 from scripts.bake.report import compare, describe, find_report, report_path
 from scripts.bake.runs import state_folder, stop_orphans
 from scripts.bake.snapshots import DEFAULT_CHANNEL, LAYERS, Snapshot, channels, holders, is_channel_name
 
+_SAME_SIGNAL_S = 1.0  # wrappers such as timeout send one both to the process and to its group
 _ROOT = Path(__file__).resolve().parents[2]
 _ABOUT = """From this repository to a verified, promoted snapshot at Hetzner, or on a local cloud.
 
@@ -70,15 +73,19 @@ def _fail(options: argparse.Namespace, error: BakeError) -> int:
 
 
 def _interrupt(number: int, frame: object) -> None:
-    """The first signal ends what runs and takes back what it made; a second one leaves that to the next run."""
-    signal.signal(signal.SIGINT, _leave)
-    signal.signal(signal.SIGTERM, _leave)
+    """The first signal ends what runs and takes back what it made; a later one leaves that to the next run."""
+    begin_s = time.monotonic()
+
+    def leave(number: int, frame: object) -> None:
+        if time.monotonic() - begin_s < _SAME_SIGNAL_S:
+            return
+        os.write(2, b"left as it is; the next build, or bake.py sweep, clears it away\n")
+        kill_running()
+        os._exit(int(Exit.INTERRUPTED))
+
+    signal.signal(signal.SIGINT, leave)
+    signal.signal(signal.SIGTERM, leave)
     raise Interrupted(f"interrupted by {signal.Signals(number).name}", "the next build goes on from what is whole")
-
-
-def _leave(number: int, frame: object) -> None:
-    os.write(2, b"left as it is; the next build, or bake.py sweep, clears it away\n")
-    os._exit(int(Exit.INTERRUPTED))
 
 
 def _parse(words: list[str]) -> argparse.Namespace:

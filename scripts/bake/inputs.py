@@ -125,7 +125,7 @@ def _find_model(folder: Path, name: str, file: Path | None, state: Path) -> Mode
             if reason := entry.get("unloadable"):
                 raise Refused(f"{name} cannot be served: {reason}", "take another one")
             return Model(name, entry.get("sha256") or f"md5-{entry['md5']}", entry["size_bytes"], entry["ram_gb"])
-    known = ", ".join([_STARTER, *(entry["name"] for entry in catalogue)])
+    known = ", ".join([_STARTER, *(entry["name"] for entry in catalogue if "unloadable" not in entry)])
     raise Refused(f"{name} is no model of the catalogue", f"known are {known}; a file of your own: --model-file PATH")
 
 

@@ -1,5 +1,7 @@
 """Owns the report of an image: its parts, as CycloneDX too, how long it took, what was checked; and comparisons."""
 
+import importlib.metadata
+import platform
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,7 +15,13 @@ from scripts.bake.snapshots import Snapshot
 
 
 def make_report(
-    snapshot: Snapshot, tree: Tree | None, run: Run, times_s: Mapping[str, float], proof: Proof, place: str
+    snapshot: Snapshot,
+    tree: Tree | None,
+    run: Run,
+    times_s: Mapping[str, float],
+    proof: Proof,
+    place: str,
+    packer: str = "",
 ) -> dict[str, Any]:
     """The report's document; ``place`` is the type and location of the node that was asked."""
     node = proof.node or {}
@@ -23,6 +31,11 @@ def make_report(
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "run": run.id,
         "tree": None if tree is None else {"commit": tree.commit, "dirty": tree.dirty, "inputs": dict(tree.digests)},
+        "tools": {
+            "packer": packer or None,
+            "hcloud": importlib.metadata.version("hcloud"),
+            "python": platform.python_version(),
+        },
         "times_s": dict(times_s),
         "probe": place,
         "boot": (proof.version or {}).get("boot"),
