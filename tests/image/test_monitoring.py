@@ -91,8 +91,13 @@ def test_every_metric_is_found_by_query(watched: Node) -> None:
     for name in (*CONTRACT, *OTHERS):
         wait_for_series(watched, name)
     assert {one["metric"]["job"]: one["value"][1] for one in watched.query("up")} == dict.fromkeys(
-        ("service", "traefik", "node", "docker", "prometheus", "alertmanager"), "1"
+        ("service", "traefik", "node", "docker", "prometheus", "alertmanager", "grafana"), "1"
     )
+    assert {one["metric"]["__name__"] for one in watched.query('{job="grafana"}')} == {
+        "process_start_time_seconds", "up",
+        *(f"scrape_{name}" for name in ("duration_seconds", "samples_scraped", "series_added")),
+        "scrape_samples_post_metric_relabeling",
+    }
 
 
 def test_every_panel_has_data(watched: Node) -> None:

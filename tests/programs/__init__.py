@@ -33,7 +33,7 @@ PROMETHEUS = Program("prometheus", "3.15.0", "github.com/prometheus/prometheus/c
 ALERTMANAGER = Program("alertmanager", "0.31.1", "github.com/prometheus/alertmanager/cmd/alertmanager")
 NODE_EXPORTER = Program("node-exporter", "1.12.1", "github.com/prometheus/node_exporter")
 # Not Grafana: it says so to whoever asks, in its place behind Traefik.
-GRAFANA_STAND_IN = Program("grafana-stand-in", "1", "mini-llm/tests/programs/grafana-stand-in")
+GRAFANA_STAND_IN = Program("grafana-stand-in", "2", "mini-llm/tests/programs/grafana-stand-in")
 
 
 class ProgramMissing(Exception):
