@@ -57,6 +57,10 @@ class _HostCollector:
         yield GaugeMetricFamily(
             "llm_memory_usage_bytes", "Resident memory of web and engine process.", memory_bytes
         )
+        # Under the name that all programs have for it; nothing else shows what ends and begins between two scrapes.
+        yield GaugeMetricFamily(
+            "process_start_time_seconds", "When the web process began, in Unix time.", self._web.create_time()
+        )
         yield GaugeMetricFamily("llm_requests_in_flight", "Requests that hold a slot of the engine.", running)
         yield GaugeMetricFamily("llm_queue_depth", "Requests that wait for a slot.", waiting)
         yield CounterMetricFamily(

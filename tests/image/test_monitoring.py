@@ -234,6 +234,10 @@ def _cause_what_the_service_tells(own: Node, webhook: Webhook) -> None:
     with ThreadPoolExecutor(40) as pool:
         statuses = list(pool.map(lambda _: own.ask("/generate", answer)[0], range(80)))
     assert statuses.count(503) > 0
+    # Ended and back within a scrape's interval, or nearly.
+    for _ in range(4):
+        own.run("systemctl kill -s KILL mini-llm; sleep 4")
+    _wait_until(lambda: {"CrashLoop"} - webhook.fired, 60)
     own.run("mv /opt/mini-llm/models /opt/mini-llm/away; pkill -9 -f '[s]ervice.engine.worker'")
     own.run("docker stop mini-llm-node-exporter-1")
     _wait_until(lambda: {"QueueFull", "EngineRestarted", "ModelNotLoaded", "TargetDown"} - webhook.fired, 90)

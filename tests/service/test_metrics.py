@@ -33,3 +33,4 @@ def test_metrics_tell_the_truth(real: Service) -> None:
     web, engine = real.web.memory_info().rss, real.engine.memory_info().rss
     assert abs(real.metric("llm_memory_usage_bytes") - web - engine) < 0.1 * (web + engine)
     assert real.metric("llm_model_loaded") == 1
+    assert real.metric("process_start_time_seconds") == real.web.create_time()
