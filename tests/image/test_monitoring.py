@@ -234,6 +234,11 @@ def _cause_what_the_service_tells(own: Node, webhook: Webhook) -> None:
     with ThreadPoolExecutor(40) as pool:
         statuses = list(pool.map(lambda _: own.ask("/generate", answer)[0], range(80)))
     assert statuses.count(503) > 0
+    # A receiver that refuses what is told: what is left untold is told once it listens again.
+    webhook.deaf = True
+    wait_for_series(own, "increase(alertmanager_notifications_failed_total[1m]) > 0")
+    webhook.deaf = False
+    _wait_until(lambda: {"AlertsUntold", "QueueFull"} - webhook.fired, 60)
     # Ended and back within a scrape's interval, or nearly.
     for _ in range(4):
         own.run("systemctl kill -s KILL mini-llm; sleep 4")

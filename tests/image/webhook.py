@@ -8,21 +8,25 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Webhook:
-    """One that runs; ``fired`` are the alerts that came, ``over`` those whose last word is that they are resolved."""
+    """One that runs; ``fired`` are the alerts that came, ``over`` those whose last word is that they are resolved.
+
+    One that is ``deaf`` refuses what is posted.
+    """
 
     def __init__(self, host: str):
         webhook = self
         self.fired: set[str] = set()
         self.over: set[str] = set()
+        self.deaf = False
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 told = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                for alert in told["alerts"]:
+                for alert in [] if webhook.deaf else told["alerts"]:
                     name, firing = alert["labels"]["alertname"], alert["status"] == "firing"
                     webhook.fired |= {name} if firing else set()
                     webhook.over = webhook.over - {name} if firing else webhook.over | {name}
-                self.send_response(200)
+                self.send_response(503 if webhook.deaf else 200)
                 self.end_headers()
 
             def log_message(self, *words: object) -> None:
