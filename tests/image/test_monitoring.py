@@ -221,6 +221,7 @@ def test_each_alert_fires_for_its_reason_and_resolves(
                 f"printf %s {shlex.quote(late_key.read_text())} > certificate.key; {_REREAD}"
             )
             _cause_a_service_that_is_gone(own, webhook)
+            _cause_a_history_that_cannot_be_written(own, webhook)
             assert webhook.fired == expected
             _wait_until(lambda: expected - webhook.over, 180)
             assert own.see("/alertmanager/api/v2/alerts") == []
@@ -255,6 +256,19 @@ def _cause_what_the_service_tells(own: Node, webhook: Webhook) -> None:
     _wait_until(lambda: {"DiskFull", "ImageOld", "ImageUnclean", "CertificateEnds"} - webhook.fired, 90)
     own.run("mv /opt/mini-llm/away /opt/mini-llm/models; systemctl restart mini-llm")
     own.run("umount -l /var/lib/mini-llm-node; docker restart mini-llm-node-exporter-1")
+
+
+def _cause_a_history_that_cannot_be_written(own: Node, webhook: Webhook) -> None:
+    """A small disk under Prometheus, without a byte left; once there is room it goes on."""
+    data = "/var/lib/mini-llm-prometheus"
+    own.run(f"docker stop mini-llm-prometheus-1; cp -a {data} {data}-before; mount -t tmpfs -o size=64m none {data}; "
+            f"cp -a {data}-before/. {data}; chown --reference={data}-before {data}; docker start mini-llm-prometheus-1")
+    wait_for_prometheus(own)
+    wait_for_series(own, 'up{job="prometheus"} == 1')
+    own.run(f"cat /dev/zero > {data}/filler || true")
+    _wait_until(lambda: {"MonitoringBlind"} - webhook.fired, 90)
+    own.run(f"rm {data}/filler")
+    _wait_until(lambda: {"MonitoringBlind"} - webhook.over, 120)
 
 
 # Traefik watches the folder of its routes, and reads the certificate again with them.
