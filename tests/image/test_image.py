@@ -163,6 +163,8 @@ def test_a_certificate_is_ordered_until_it_is_there(
             assert time.monotonic() < end_s, server.log.read_text()
             time.sleep(0.2)
         assert own.curl("/health")[0] == 0  # nobody vouches for it yet
+        metrics = "cat /var/lib/mini-llm-node/metrics/certificate.prom"
+        assert f'mini_llm_certificate_delivered{{name="{DOMAIN}"}} 0' in own.run(metrics)
         server.point(DOMAIN, own.address)
         trusting = replace(own, authority=tmp_path / "root.pem")
         end_s = time.monotonic() + 90
@@ -170,6 +172,8 @@ def test_a_certificate_is_ordered_until_it_is_there(
             assert time.monotonic() < end_s, (status, server.log.read_text()[-2000:])
             time.sleep(0.5)
         assert "ordering again" in own.run("journalctl --no-pager -u mini-llm-certificate")
+        own.run("sleep 1.5")  # it looks each second
+        assert f'mini_llm_certificate_delivered{{name="{DOMAIN}"}} 1' in own.run(metrics)
         store = own.run("stat -c '%a %U' /var/lib/mini-llm-traefik/acme.json")
         assert store.split() == ["600", "mini-llm-traefik"]
 

@@ -44,13 +44,13 @@ OTHERS = (
     "prometheus_build_info",
     "alertmanager_build_info",
 )
-# A tenth of every time in the configuration, so that minutes become seconds; what promtool says of the times as they
-# are is in alerts_test.yaml.
+# A tenth of every time in the configuration, so that minutes become seconds, and an hour a minute; what promtool says
+# of the times as they are is in alerts_test.yaml.
 HASTEN = r"""
 import re, sys
 for path in sys.argv[1:]:
     text = open(path).read()
-    tenth = lambda found: f"{int(found[1]) * {'s': 1, 'm': 60, 'h': 3600}[found[2]] * 100}ms"
+    tenth = lambda found: f"{int(found[1]) * {'s': 1, 'm': 60, 'h': 600}[found[2]] * 100}ms"
     open(path, "w").write(re.sub(r"\b(\d+)([smh])\b", tenth, text))
 """
 SECRETS = ("/etc/mini-llm/facts.yaml", "/run/mini-llm/keys.json", "/var/lib/cloud/instance/user-data.txt")
@@ -252,8 +252,10 @@ def _cause_what_the_service_tells(own: Node, webhook: Webhook) -> None:
     own.run("cp -a /var/lib/node-before/. /var/lib/mini-llm-node; fallocate -l 30M /var/lib/mini-llm-node/filler")
     metrics = "/var/lib/mini-llm-node/metrics/image.prom"
     own.run(f"sed -i -e 's/^\\(mini_llm_image_baked.*\\) .*/\\1 1700000000/' -e 's/findings 0/findings 1/' {metrics}")
+    own.run("echo 'mini_llm_certificate_delivered{name=\"x\"} 0' > /var/lib/mini-llm-node/metrics/certificate.prom")
     own.run("docker start mini-llm-node-exporter-1")
-    _wait_until(lambda: {"DiskFull", "ImageOld", "ImageUnclean", "CertificateEnds"} - webhook.fired, 90)
+    told = {"DiskFull", "ImageOld", "ImageUnclean", "CertificateEnds", "CertificateMissing"}
+    _wait_until(lambda: told - webhook.fired, 120)
     own.run("mv /opt/mini-llm/away /opt/mini-llm/models; systemctl restart mini-llm")
     own.run("umount -l /var/lib/mini-llm-node; docker restart mini-llm-node-exporter-1")
 

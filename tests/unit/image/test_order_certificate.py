@@ -24,6 +24,11 @@ def served(domain: str) -> str:
     return json.dumps({"acme": {"Account": {}, "Certificates": [{"domain": {"main": domain}, "key": "x"}]}})
 
 
+def delivered(metrics: str) -> list[str]:
+    """What is told of each name."""
+    return [line.split()[-1] for line in metrics.splitlines() if line.startswith("mini_llm_certificate_delivered{")]
+
+
 def test_an_order_that_failed_is_made_again_with_pauses(traefik: Path) -> None:
     """Each time with another configuration, and ever more rarely; four an hour at most in the long run."""
     acme, waited, seen = traefik / "acme.json", [], set()
@@ -34,7 +39,7 @@ def test_an_order_that_failed_is_made_again_with_pauses(traefik: Path) -> None:
         seen.add(again.read_text() if again.exists() else "")
         acme.write_text(served("llm.example.org" if sum(waited) == 3000 else "other.example.org"))
 
-    assert order_certificate.main(traefik, acme, traefik / "note", wait) == 0
+    assert order_certificate.main(traefik, acme, traefik / "note", traefik / "certificate.prom", wait) == 0
     assert set(waited) == {1}  # it looks each second
     assert len(seen) == 6  # at the begin, and orders after 30, 90, 390, 1290 and 2190 seconds
     assert float((traefik / "note").read_text()) > 0
@@ -56,25 +61,37 @@ def test_a_store_without_the_certificate_is_none(tmp_path: Path, content: str | 
 
 def test_a_certificate_at_hand_is_not_ordered(tmp_path: Path) -> None:
     """There is nothing to wait for."""
-    paths = (tmp_path, tmp_path / "acme.json", tmp_path / "note")
+    paths = (tmp_path, tmp_path / "acme.json", tmp_path / "note", tmp_path / "certificate.prom")
     assert order_certificate.main(*paths, lambda pause_s: pytest.fail("it waited")) == 0
     assert (tmp_path / "note").exists()
+    assert " 0\n" not in (tmp_path / "certificate.prom").read_text()  # nor is anything missed
 
 
 def test_the_domain_does_not_wait_for_the_name_of_the_monitoring(traefik: Path) -> None:
     """Its certificate is noted when it is there; the other is ordered on."""
     (traefik / "ordered").write_text("llm.example.org\nmonitoring.llm.example.org\n")
-    acme, looks = traefik / "acme.json", []
+    acme, looks, seen = traefik / "acme.json", [], []
     acme.write_text(served("llm.example.org"))
 
     def wait(pause_s: float) -> None:
         looks.append((traefik / "note").exists())
+        seen.append(delivered((traefik / "certificate.prom").read_text()))
         if len(looks) == 40:
             acme.write_text(served("monitoring.llm.example.org"))
 
-    assert order_certificate.main(traefik, acme, traefik / "note", wait) == 0
+    assert order_certificate.main(traefik, acme, traefik / "note", traefik / "certificate.prom", wait) == 0
     assert looks == [False] + 39 * [True]
+    assert seen == [["0", "0"]] + 39 * [["1", "0"]]
+    assert delivered((traefik / "certificate.prom").read_text()) == ["1", "1"]
     assert (traefik / "dynamic" / "again.yaml").exists()
+
+
+def test_metrics_that_cannot_be_written_cost_no_order(traefik: Path) -> None:
+    """A full disk is a reason to be told of, not to be without a certificate."""
+    (traefik / "acme.json").write_text(served("llm.example.org"))
+    paths = (traefik, traefik / "acme.json", traefik / "note", traefik / "nowhere" / "certificate.prom")
+    assert order_certificate.main(*paths, lambda pause_s: None) == 0
+    assert (traefik / "note").exists()
 
 
 @pytest.mark.parametrize("kind", ["pipe", "link", "folder"])

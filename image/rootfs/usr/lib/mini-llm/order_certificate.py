@@ -1,8 +1,9 @@
 """Owns the patience with the certificate's order: Traefik orders once, when its configuration changes, and never again.
 
-``python3 order_certificate.py TRAEFIK ACME_JSON NOTE`` looks whether the certificates of the names in
+``python3 order_certificate.py TRAEFIK ACME_JSON NOTE METRICS`` looks whether the certificates of the names in
 ``TRAEFIK/ordered`` are there, changes something in Traefik's configuration if one is not, ever more rarely, and ends
-with 0 once all are. Into the file NOTE goes when the first of them, the domain's own, was there.
+with 0 once all are. Into the file NOTE goes when the first of them, the domain's own, was there; into METRICS, for
+Prometheus, which are there.
 """
 
 import json
@@ -57,21 +58,45 @@ def _note(path: Path) -> None:
     path.write_text(f"{time.clock_gettime(time.CLOCK_BOOTTIME):.2f}\n")
 
 
-def main(traefik: Path, acme: Path, note: Path, wait: Callable[[float], None] = time.sleep) -> int:
+def render_metrics(names: list[str], missing: list[str]) -> str:
+    """The text exposition; of no name, where nothing is ordered."""
+    lines = [
+        "# HELP mini_llm_certificate_delivered Whether the certificate that is ordered for a name is there.",
+        "# TYPE mini_llm_certificate_delivered gauge",
+        *(f'mini_llm_certificate_delivered{{name="{name}"}} {int(name not in missing)}' for name in names),
+    ]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    unfinished = path.with_suffix(".unfinished")
+    try:
+        unfinished.write_text(text)
+        unfinished.chmod(0o644)
+        unfinished.replace(path)
+    except OSError as error:  # a full disk must not keep the order from being made
+        print(f"{path} cannot be written: {error.strerror}")
+
+
+def main(traefik: Path, acme: Path, note: Path, metrics: Path, wait: Callable[[float], None] = time.sleep) -> int:
     """Waits, looks, orders again; ends when there is nothing to order or all was delivered."""
     ordered = traefik / "ordered"
     if not ordered.exists():
         print("no certificate is to be ordered")
+        _write_whole(metrics, render_metrics([], []))  # an earlier boot's facts may have ordered some
         _note(note)
         return 0
     names = ordered.read_text().split()
     missing = list(names)
+    # What an earlier boot was served is found again within a second, and no scrape is so quick.
+    _write_whole(metrics, render_metrics(names, missing))
     for number, pause_s in zip(count(1), pauses_s(), strict=False):
         for _ in range(pause_s):
             wait(_LOOK_EVERY_S)
             for name in [name for name in missing if is_there(acme, name)]:
                 print(f"the certificate of {name} is there")
                 missing.remove(name)
+                _write_whole(metrics, render_metrics(names, missing))
                 if name == names[0]:
                     _note(note)
             if not missing:
