@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 class Webhook:
     """One that runs; ``fired`` are the alerts that came, ``over`` those whose last word is that they are resolved.
 
-    One that is ``deaf`` refuses what is posted.
+    One that is ``deaf`` refuses what is posted; what comes to the watchdog's address is counted alone, as ``pings``.
     """
 
     def __init__(self, host: str):
@@ -18,11 +18,14 @@ class Webhook:
         self.fired: set[str] = set()
         self.over: set[str] = set()
         self.deaf = False
+        self.pings = 0
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 told = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                for alert in [] if webhook.deaf else told["alerts"]:
+                pinged = self.path == "/watchdog"
+                webhook.pings += pinged
+                for alert in [] if webhook.deaf or pinged else told["alerts"]:
                     name, firing = alert["labels"]["alertname"], alert["status"] == "firing"
                     webhook.fired |= {name} if firing else set()
                     webhook.over = webhook.over - {name} if firing else webhook.over | {name}
@@ -33,7 +36,8 @@ class Webhook:
                 """Nobody reads it."""
 
         self.server = ThreadingHTTPServer((host, 0), Handler)
-        self.address = f"http://{host}:{self.server.server_address[1]}/alerts"
+        root = f"http://{host}:{self.server.server_address[1]}"
+        self.address, self.watchdog = f"{root}/alerts", f"{root}/watchdog"
 
 
 @contextmanager

@@ -114,6 +114,7 @@ WRONG = [
     (f"{RIGHT}monitoring: {{user: me, password_hash: secret}}", "monitoring.password_hash: must be what openssl"),
     (f"{RIGHT}monitoring: {{user: me, password_hash: $2y$12${'a' * 53}}}", "bcrypt of a cost from 4 to 6"),
     (f"{RIGHT}alerts: {{}}", "alerts: who hears of alerts: a webhook, mail, or both"),
+    (f"{RIGHT}alerts: {{watchdog: me}}", "alerts.watchdog: must be the http:// or https:// address of who gives alarm"),
     (f"{RIGHT}alerts: {{webhook: me}}", "alerts.webhook: must be the http:// or https:// address"),
     *(
         (f"{RIGHT}alerts: {{webhook: '{address}'}}", "alerts.webhook: must be the http:// or https:// address")

@@ -54,6 +54,24 @@ def test_alerts_go_where_the_facts_say() -> None:
     assert json.loads(stack.alertmanager_file({"domain": "x"}))["receivers"] == [{"name": "operator"}]
 
 
+def test_a_watchdog_is_posted_to_as_long_as_all_is_well() -> None:
+    """Alone, by an alert that always fires; without one there is no such alert, for nobody would want to hear of it."""
+    watched = {**FACTS, "alerts": {"webhook": "https://a.org/", "watchdog": "https://b.org/"}}
+    [group] = json.loads(stack.prometheus_rules(watched))["groups"]
+    [rule] = group["rules"]
+    document = json.loads(stack.alertmanager_file(watched))
+    [route] = document["route"]["routes"]
+    assert route["matchers"] == [f'alertname="{rule["alert"]}"']
+    operator, watchdog = document["receivers"]
+    assert operator["webhook_configs"] == [{"url": "https://a.org/", "send_resolved": True}]
+    assert (watchdog["name"], watchdog["webhook_configs"]) == (
+        route["receiver"], [{"url": "https://b.org/", "send_resolved": False}]
+    )
+    for without in (FACTS, None):
+        assert json.loads(stack.prometheus_rules(without)) == {"groups": []}
+        assert "routes" not in json.loads(stack.alertmanager_file(without))["route"]
+
+
 def test_each_container_can_do_as_little_as_it_needs() -> None:
     """No root, no capability, nothing to write but its own, no socket of Docker, no image that is not in the store."""
     document = yaml.safe_load((STACK / "compose.yaml").read_text())

@@ -287,6 +287,7 @@ def write_all(run: Path, facts: dict[str, Any] | None) -> None:
     write_traefik(run / "mini-llm-traefik", facts)
     write_whole(run / "mini-llm-alertmanager" / "alertmanager.yaml", stack.alertmanager_file(facts), 0o640)
     write_whole(run / "mini-llm-prometheus" / "service.key", scraping_key, 0o640)
+    write_whole(run / "mini-llm-prometheus" / "rules.yaml", stack.prometheus_rules(facts), 0o640)
     texts = {"stack.env": _as_env(stack.compose_settings(facts or {}))}
     if facts is not None:
         texts["keys.json"] = json.dumps(keys_of(facts, datetime.now(UTC), scraping_key), indent=1) + "\n"

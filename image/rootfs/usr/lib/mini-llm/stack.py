@@ -8,6 +8,7 @@ from typing import Any
 
 _LETS_ENCRYPT = "https://acme-v02.api.letsencrypt.org/directory"
 _LARGEST_HEADERS_BYTES = 16 << 10
+_WATCHDOG = "Watchdog"
 _LONGEST_ANSWER_S = 330  # the service's own limit for answers when it drains, and a little
 # Where each program listens; only Traefik's http and https are open to the outside.
 SERVICE, REPORT = "127.0.0.1:8080", "127.0.0.1:8083"
@@ -26,8 +27,19 @@ def compose_settings(facts: dict[str, Any]) -> dict[str, str]:
     return {"MONITORING_URL": f"https://{host}" if host else f"http://{GRAFANA}"}
 
 
+def prometheus_rules(facts: dict[str, Any] | None) -> str:
+    """Rules beside those of the image: with a watchdog, an alert that always fires, so that its end tells something."""
+    if "watchdog" not in (facts or {}).get("alerts", {}):
+        return _as_json({"groups": []})
+    rule = {"alert": _WATCHDOG, "expr": "vector(1)", "labels": {"severity": "none"}}
+    return _as_json({"groups": [{"name": "watchdog", "rules": [rule]}]})
+
+
 def alertmanager_file(facts: dict[str, Any] | None) -> str:
-    """Alertmanager's configuration: one receiver, told at once, again twice a day, and when it is over."""
+    """Alertmanager's configuration: one receiver, told at once, again twice a day, and when it is over.
+
+    The watchdog is another's, who hears of it every five minutes and gives alarm when he does not.
+    """
     receiver: dict[str, Any] = {"name": "operator"}
     alerts = (facts or {}).get("alerts", {})
     if "webhook" in alerts:
@@ -37,14 +49,27 @@ def alertmanager_file(facts: dict[str, Any] | None) -> str:
         own = {"auth_username": mail["username"], "auth_password": mail["password"]} if "username" in mail else {}
         names = {name: mail[name] for name in ("to", "from", "smarthost")}
         receiver["email_configs"] = [{**names, **own, "require_tls": True, "send_resolved": True}]
-    route = {
+    receivers = [receiver]
+    route: dict[str, Any] = {
         "receiver": "operator",
         "group_by": ["alertname"],
         "group_wait": "10s",
         "group_interval": "1m",
         "repeat_interval": "12h",
     }
-    return _as_json({"route": route, "receivers": [receiver]})
+    if "watchdog" in alerts:
+        receivers.append({"name": "watchdog", "webhook_configs": [{"url": alerts["watchdog"], "send_resolved": False}]})
+        route["routes"] = [
+            {
+                "receiver": "watchdog",
+                "matchers": [f'alertname="{_WATCHDOG}"'],
+                "group_wait": "0s",
+                # It is told at each interval, since by then the last word is older than what may be repeated.
+                "group_interval": "5m",
+                "repeat_interval": "4m",
+            }
+        ]
+    return _as_json({"route": route, "receivers": receivers})
 
 
 def traefik_files(facts: dict[str, Any] | None) -> dict[str, str]:
