@@ -19,6 +19,39 @@ PLACE = "domain: llm.example.org\nacme: {email: a@example.org}\n"
 HASHED = "$apr1$f8Vn0cXw$ydb6HbE6kHTv.sEmvvcK/1"
 MAIL = "to: a@b.org, from: a@b.org, smarthost: 'b.org:25'"
 RIGHT = f"{PLACE}api_keys: [{KEY}}}]\n"
+# Of nobody's: signs itself, for llm.example.org and *.llm.example.org (its CN is other.example.org), and ended in 2020.
+CHAIN = """\
+-----BEGIN CERTIFICATE-----
+MIIBVzCB/qADAgECAgEBMAoGCCqGSM49BAMCMBwxGjAYBgNVBAMMEW90aGVyLmV4
+YW1wbGUub3JnMB4XDTIwMDEwMTAwMDAwMFoXDTIwMDIwMTAwMDAwMFowHDEaMBgG
+A1UEAwwRb3RoZXIuZXhhbXBsZS5vcmcwWTATBgcqhkjOPQIBBggqhkjOPQMBBwNC
+AASJb8pdCB4j1Q1CqDosIG0zGI9t7Teaki1+Z1Fpw5AsQEmIfjOwLqq2KpY28XPW
+kDK0NT1eyMxOkjM7VMEsuU77ozEwLzAtBgNVHREEJjAkgg9sbG0uZXhhbXBsZS5v
+cmeCESoubGxtLmV4YW1wbGUub3JnMAoGCCqGSM49BAMCA0gAMEUCIQDIoLDR0/J0
+9zhMmlKMEPkcXDlyBanV8oLpJq+ofLf9BQIgZvuMobcHdsWuvCAVw0avkAe4GK/b
+VN05aa0emYoiQxU=
+-----END CERTIFICATE-----
+"""
+# With the same key, for llm.example.org, but to be shown by clients alone.
+CLIENT_CHAIN = """\
+-----BEGIN CERTIFICATE-----
+MIIBVjCB/KADAgECAgEBMAoGCCqGSM49BAMCMBoxGDAWBgNVBAMMD2xsbS5leGFt
+cGxlLm9yZzAeFw0yMDAxMDEwMDAwMDBaFw0yMDAyMDEwMDAwMDBaMBoxGDAWBgNV
+BAMMD2xsbS5leGFtcGxlLm9yZzBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABIlv
+yl0IHiPVDUKoOiwgbTMYj23tN5qSLX5nUWnDkCxASYh+M7AuqrYqljbxc9aQMrQ1
+PV7IzE6SMztUwSy5TvujMzAxMBoGA1UdEQQTMBGCD2xsbS5leGFtcGxlLm9yZzAT
+BgNVHSUEDDAKBggrBgEFBQcDAjAKBggqhkjOPQQDAgNJADBGAiEAzHJzm2dCIo44
+HGmkph3uoQdG56q/yfAc75cLB7QwtT4CIQDlVrmCj2hP96yPXFuz47hFQeWfdV4t
+5QyKFLf7wZgXjA==
+-----END CERTIFICATE-----
+"""
+CHAIN_KEY = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgk96SJMYpeTSo/b+c
+Mk96dImXS2f9GIEzv+yswqAtB7WhRANCAASJb8pdCB4j1Q1CqDosIG0zGI9t7Tea
+ki1+Z1Fpw5AsQEmIfjOwLqq2KpY28XPWkDK0NT1eyMxOkjM7VMEsuU77
+-----END PRIVATE KEY-----
+"""
 
 
 def check(tmp_path: Path, text: str | bytes | None) -> tuple[int, Path]:
@@ -144,6 +177,33 @@ def test_wrong_facts_are_told_and_nothing_else_is_written(
     assert sorted(path.name for path in out.iterdir()) == ["problem", "stack.env"]
     assert message in (out / "problem").read_text().splitlines()[0]
     assert message in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("domain", "chain", "watched", "refused"),
+    [
+        ("llm.example.org", CHAIN, True, {}),
+        ("x.llm.example.org", CHAIN, False, {}),
+        ("x.llm.example.org", CHAIN, True, {"monitoring.x.llm.example.org": "it is for other names"}),
+        *((f"{name}.example.org", CHAIN, False, {f"{name}.example.org": "it is for other names"})
+          for name in ("other", "y.x.llm", "llm.example.org.evil")),
+        ("llm.example.org", CLIENT_CHAIN, False, {"llm.example.org": "unsuitable certificate purpose"}),
+    ],
+)
+def test_a_certificate_must_be_one_for_the_node_s_names(
+    tmp_path: Path, domain: str, chain: str, watched: bool, refused: dict[str, str]
+) -> None:
+    """Those by which it is reached, the monitoring's among them; whether it has ended is for an alert to say."""
+    told: dict[str, object] = {
+        "domain": domain,
+        "certificate": {"chain": chain, "key": CHAIN_KEY},
+        "api_keys": [{"name": "a", "sha256": HASH}],
+        **({"monitoring": {"user": "me", "password_hash": HASHED}} if watched else {}),
+    }
+    code, out = check(tmp_path, json.dumps(told))
+    assert code == (1 if refused else 0)
+    problems = (out / "problem").read_text().splitlines() if refused else []
+    assert problems == [f"certificate: no client would take it for {name} ({why})" for name, why in refused.items()]
 
 
 def test_a_key_that_stands_where_its_hash_should_is_not_repeated(

@@ -34,6 +34,7 @@ MEMORY = Path("/var/lib/mini-llm-node/facts_of.json")
 _SCRAPER = "prometheus"
 _TWICE = "a name stands twice"
 _LONGEST_TOLD_NAME = 24
+_NO_CHECK_TIME, _OTHER_NAME = 0x20_0000, 62  # X509_V_FLAG_NO_CHECK_TIME, X509_V_ERR_HOSTNAME_MISMATCH
 _LARGEST_BYTES = 32 << 10  # user-data as a whole have no more
 
 
@@ -222,17 +223,45 @@ def _find_certificate(facts: dict[str, Any]) -> list[str]:
     if "acme" in facts:
         return _find_authority(facts["acme"])
     certificate = facts["certificate"]
+    names = [name for name in (facts["domain"], stack.monitoring_host(facts)) if name]
     with tempfile.TemporaryDirectory() as folder:
         chain, key = Path(folder) / "chain", Path(folder) / "key"
         chain.write_text(certificate["chain"])
         key.touch(mode=0o600)
         key.write_text(certificate["key"])
         try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(chain, key, password="")
+            server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            server.load_cert_chain(chain, key, password="")
+            return [
+                f"certificate: no client would take it for {name} ({reason})"
+                for name in names
+                if (reason := _find_refusal(server, certificate["chain"], name))
+            ]
         except (OSError, ValueError) as error:  # an SSLError is an OSError
             reason = getattr(error, "reason", None) or "it cannot be read"
             return [f"certificate: chain and key do not fit each other or are damaged ({reason})"]
-    return []
+
+
+def _find_refusal(server: ssl.SSLContext, chain: str, name: str) -> str | None:
+    """Why a client that asks for a name would refuse what the server shows; who signed it aside, and when it ends.
+
+    A handshake in memory: what a name matches is for OpenSSL to say, as it does in clients.
+    """
+    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    client.load_verify_locations(cadata=chain)
+    # Trusted as it is, without its root; and the clock may not be set yet, this early in a boot.
+    client.verify_flags = ssl.VerifyFlags.VERIFY_X509_PARTIAL_CHAIN | _NO_CHECK_TIME
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    asking = client.wrap_bio(to_client, to_server, server_hostname=name)
+    answering = server.wrap_bio(to_server, to_client, server_side=True)
+    for side in (asking, answering, asking):
+        try:
+            side.do_handshake()
+        except ssl.SSLWantReadError:
+            continue  # it is the other's turn
+        except ssl.SSLCertVerificationError as error:
+            return "it is for other names" if error.verify_code == _OTHER_NAME else error.verify_message
+    return None
 
 
 def _find_authority(acme: dict[str, Any]) -> list[str]:
