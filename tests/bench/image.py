@@ -28,7 +28,9 @@ ORDER_GOAL_S = 6.0  # with a certificate that is ordered at Pebble
 RATIO_GOAL = 20.0
 STARTER = ROOT / "service" / "starter" / "starter.gguf"
 # What of the image starts at boot and is not Docker; bash, root's shell, spells it out.
-OWN_UNITS = "mini-llm.socket mini-llm.service mini-llm-{facts,model,stack,monitoring,certificate,boot}.service"
+OWN_UNITS = (
+    "mini-llm.socket mini-llm.service mini-llm-{facts,model,stack,monitoring,certificate,boot,private-network}.service"
+)
 
 
 @dataclass(frozen=True)

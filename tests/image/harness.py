@@ -16,6 +16,7 @@ from typing import Any
 import requests
 from hcloud import Client
 from hcloud.images import BoundImage, Image
+from hcloud.networks import BoundNetwork
 from hcloud.server_types import ServerType
 from hcloud.servers import BoundServer
 from hcloud.ssh_keys import BoundSSHKey
@@ -180,6 +181,7 @@ def node(
     facts: str | None = None,
     acme: dict[str, str] | None = None,
     more: dict[str, Any] | None = None,
+    networks: list[BoundNetwork] | None = None,
 ) -> Iterator[Node]:
     """A node with one API key and a certificate of its own, or one to order; or with the facts given. Deleted after.
 
@@ -210,6 +212,7 @@ def node(
             ServerType(name="cx23"),
             image,
             ssh_keys=[known],
+            networks=networks,
             user_data=facts_file(json.dumps(right) if facts is None else facts),
         )
         try:
