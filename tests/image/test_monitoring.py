@@ -305,6 +305,28 @@ def _wait_until(find_missing: Callable[[], set[str]], patience_s: float) -> None
         time.sleep(0.2)
 
 
+def test_damaged_data_cost_history_and_nothing_more(
+    cloud: LocalCloud, image: BoundImage, known: BoundSSHKey, key: Path
+) -> None:
+    """Prometheus and Alertmanager, which they keep from starting, start without them; the data are kept aside, once."""
+    prometheus, alertmanager = (f"/var/lib/mini-llm-{name}" for name in ("prometheus", "alertmanager"))
+    containers = "mini-llm-prometheus-1 mini-llm-alertmanager-1"
+    with node(cloud.client(), image, known, key) as own:
+        wait_for_prometheus(own)
+        own.run(f"docker stop {containers}; rm -r {prometheus}/wal; "
+                f"echo damaged | tee {prometheus}/wal > {alertmanager}/nflog; docker start {containers}")
+        # As its timer does every three minutes.
+        own.run("systemctl start mini-llm-mend; sleep 10")
+        own_user = ("-u", f"operator:{own.password}")
+        assert own.curl("/prometheus/api/v1/query?query=up", *own_user, host=MONITORING)[0] == 502
+        own.run("systemctl start mini-llm-mend")
+        wait_for_prometheus(own)
+        assert own.see("/alertmanager/api/v2/status")["config"]
+        aside = f"cat {prometheus}.damaged/wal {alertmanager}.damaged/nflog; stat -c %U {prometheus} {alertmanager}"
+        assert own.run(aside).split() == ["damaged", "damaged", "mini-llm-prometheus", "mini-llm-alertmanager"]
+        assert own.run("systemctl --failed --no-legend").strip() == ""
+
+
 def test_the_alerts_times_are_what_they_say(tmp_path: Path) -> None:
     """promtool's own test of the rules as they are in the image."""
     if shutil.which("promtool") is None:

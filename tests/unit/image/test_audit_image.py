@@ -57,6 +57,7 @@ def test_a_clean_image_has_no_findings(tree: Path) -> None:
         ("root/.config/hcloud/cli.toml", "x", "settings of who baked"),
         ("root/.netrc", "x", "settings of who baked"),
         ("var/lib/mini-llm-traefik/acme.json", "x", "certificates of another server"),
+        ("var/lib/mini-llm-prometheus.damaged/wal", "x", "data of another server that were put aside"),
         ("var/lib/mini-llm-node/facts_of.json", "x", "what another server remembers"),
         ("var/lib/cloud/seed/nocloud/user-data", "x", "the user-data of another server"),
         ("var/log/wtmp", "x", "a log of logins"),

@@ -42,6 +42,7 @@ _MUST_NOT_EXIST = (
     ("var/lib/mini-llm-traefik/*", "certificates of another server"),
     ("var/lib/mini-llm-prometheus/*", "metrics of another server"),
     ("var/lib/mini-llm-alertmanager/*", "alerts of another server"),
+    ("var/lib/mini-llm-*.*", "data of another server that were put aside"),
     ("var/lib/mini-llm-node/*", "what another server remembers"),
     ("var/lib/mini-llm/audit/*", "an audit log of another server"),
     ("var/lib/mini-llm/counters*", "counters of another server"),

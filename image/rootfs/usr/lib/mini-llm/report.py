@@ -22,7 +22,7 @@ _PATIENCE_S = 1.0  # each; the unit has fifteen seconds for all of them
 _LOGS = {
     "facts": ["-u", "mini-llm-facts"],
     "service": ["-u", "mini-llm"],
-    "stack": ["-u", "mini-llm-stack", "-u", "mini-llm-monitoring"],
+    "stack": ["-u", "mini-llm-stack", "-u", "mini-llm-monitoring", "-u", "mini-llm-mend"],
     "certificate": ["-u", "mini-llm-certificate"],
     **{
         name: [f"CONTAINER_NAME=mini-llm-{name}-1"]
