@@ -1,8 +1,14 @@
 #!/usr/bin/env python3
 """From this repository to a verified, promoted snapshot: `bake.py build --promote`; `--help` shows all verbs."""
 
+import os
+import signal
 import sys
 from pathlib import Path
+
+# Until the command line takes over: nothing is made yet, so there is nothing to take back.
+for _number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(_number, lambda number, frame: os._exit(130))
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # this folder holds the package bake, which is to be scripts.bake

@@ -39,6 +39,7 @@ PASSING = {
 NO_ROOM = {"resource_unavailable", "placement_error"}
 _CALL_TIMEOUT_S = (10.0, 60.0)
 _PATIENCE_S = 300.0  # for one call that fails again and again
+LOCKED_PATIENCE_S = 3600.0  # for a thing that an action works on, which may be the copy of a large disk
 _FIRST_PATIENCE_S = 15.0  # as long as nothing was ever heard of this cloud: its address may be wrong
 _SILENCE_S = 5.0  # after which a person is told what is being waited for
 _FIRST_LOOK_S, _LONGEST_LOOK_S = 0.2, 3.0  # at an action; the API allows one request a second in the long run
@@ -125,7 +126,8 @@ class Cloud:
                     and (result := self._look(what, found)) is not None
                 ):
                     return result
-                if error.code not in PASSING or time.monotonic() > end_s:
+                given_s = begin_s + max(LOCKED_PATIENCE_S, self._patience_s) if error.code == "locked" else end_s
+                if error.code not in PASSING or time.monotonic() > given_s:
                     if error.code in {"not_found", "invalid_input", "uniqueness_error", *NO_ROOM}:
                         raise
                     raise _describe(what, error) from error

@@ -88,15 +88,15 @@ def _make_certificate() -> tuple[str, str]:
     return certificate.public_bytes(serialization.Encoding.PEM).decode(), private.decode()
 
 
-class _ByAddress(HTTPAdapter):
-    """Connects to an address, and asks for and verifies a name."""
+class ByAddress(HTTPAdapter):
+    """Connects to an address, asks for a name, and verifies another or, for None, none."""
 
-    def __init__(self, name: str):
-        self._name = name
+    def __init__(self, verified: str | None, asked_for: str):
+        self._names = {"server_hostname": asked_for, "assert_hostname": verified or False}
         super().__init__()
 
     def init_poolmanager(self, *words: Any, **more: Any) -> None:
-        super().init_poolmanager(*words, server_hostname=self._name, assert_hostname=self._name, **more)
+        super().init_poolmanager(*words, **self._names, **more)
 
 
 class Probe:
@@ -110,7 +110,7 @@ class Probe:
     def _session(self, name: str) -> requests.Session:
         session = requests.Session()
         session.trust_env = False  # neither a proxy nor a netrc of who bakes
-        session.mount("https://", _ByAddress(name))
+        session.mount("https://", ByAddress(name, name))
         session.headers["Host"] = name
         session.verify = str(self._facts.certificate)
         return session

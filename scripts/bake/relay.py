@@ -20,7 +20,7 @@ from typing import Any
 
 import requests
 
-from scripts.bake.cloud import PASSING, Access, pauses
+from scripts.bake.cloud import LOCKED_PATIENCE_S, PASSING, Access, pauses
 
 _log = logging.getLogger(__name__)
 _TIMEOUT_S = (10.0, 60.0)
@@ -110,7 +110,8 @@ class Relay:
             body = self._label(path, body)
             if match := _CREATE_IMAGE.fullmatch(path):
                 self._wait_until_off(match[1])
-        end_s = time.monotonic() + self._patience_s
+        begin_s = time.monotonic()
+        end_s = begin_s + self._patience_s
         for pause_s in pauses():
             try:
                 answer = self._send(method, path, body)
@@ -130,7 +131,8 @@ class Relay:
                 self._note_failed_actions(call, answer)
                 return answer.status_code, headers, answer.content
             failed = _read_failure(call, answer)
-            if not failed.passes or time.monotonic() > end_s:
+            given_s = begin_s + LOCKED_PATIENCE_S if failed.code == "locked" else end_s
+            if not failed.passes or time.monotonic() > given_s:
                 if answer.status_code != 404 or method != "GET":
                     self.failures.append(failed)
                 return answer.status_code, headers, answer.content

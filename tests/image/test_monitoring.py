@@ -313,8 +313,10 @@ def test_damaged_data_cost_history_and_nothing_more(
     containers = "mini-llm-prometheus-1 mini-llm-alertmanager-1"
     with node(cloud.client(), image, known, key) as own:
         wait_for_prometheus(own)
-        own.run(f"docker stop {containers}; rm -r {prometheus}/wal; "
-                f"echo damaged | tee {prometheus}/wal > {alertmanager}/nflog; docker start {containers}")
+        own.run(
+            f"docker stop {containers}; rm -r {prometheus}/wal; "
+            f"echo damaged | tee {prometheus}/wal > {alertmanager}/nflog; docker start {containers}"
+        )
         # As its timer does every three minutes.
         own.run("systemctl start mini-llm-mend; sleep 10")
         own_user = ("-u", f"operator:{own.password}")

@@ -22,7 +22,7 @@ RANGE = "10.9.0.0/16"
 DHCP_SERVER = Path(__file__).with_name("dhcp.py")
 # Answers one connection after the other, at all of the node's addresses.
 LISTEN = (
-    "systemd-run --quiet /usr/bin/python3 -c 'import socket; s = socket.create_server((\"\", 9999))\n"
+    'systemd-run --quiet /usr/bin/python3 -c \'import socket; s = socket.create_server(("", 9999))\n'
     "while True: s.accept()[0].close()'"
 )
 REACH = "timeout 2 bash -c 'exec 3<>/dev/tcp/{}/9999' 2>/dev/null && echo reached || echo nobody"

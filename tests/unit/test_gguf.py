@@ -62,8 +62,7 @@ def test_byte_level_model_is_described() -> None:
         chat_template=gguf_writer.TEMPLATE.decode(),
         # Both vocabulary matrices, and per block two norms, four attention and three feed-forward matrices.
         parameter_count=2 * 64 * len(tokens) + 2 * (2 * 64 + 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128) + 64,
-        weights_bytes=(2 * 64 * len(tokens) + 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)) // 32 * 34
-        + 5 * 64 * 4,
+        weights_bytes=(2 * 64 * len(tokens) + 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)) // 32 * 34 + 5 * 64 * 4,
         size_bytes=len(data),
     )
 
@@ -92,9 +91,7 @@ def test_version_2_is_accepted() -> None:
     assert read_model(model).architecture == "llama"
 
 
-@pytest.mark.parametrize(
-    "architecture", sorted(gguf.ARCHITECTURES - {"llama", "qwen2"}), ids=lambda name: name
-)
+@pytest.mark.parametrize("architecture", sorted(gguf.ARCHITECTURES - {"llama", "qwen2"}), ids=lambda name: name)
 def test_other_architectures_are_checked_in_outline(architecture: str) -> None:
     """An architecture that the engine knows passes with plausible tensors, and not with a block missing."""
     model = gguf_writer.small_model()
@@ -122,9 +119,7 @@ def test_mixture_of_experts_is_accepted() -> None:
             tensor.shape.append(2)
             tensor.data *= 2
         model.tensors.append(
-            gguf_writer.Tensor(
-                f"blk.{block}.ffn_gate_inp.weight".encode(), [64, 2], gguf_writer.F32, bytes(512)
-            )
+            gguf_writer.Tensor(f"blk.{block}.ffn_gate_inp.weight".encode(), [64, 2], gguf_writer.F32, bytes(512))
         )
     assert read_model(model).feed_forward_length == 128
 

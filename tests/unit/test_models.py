@@ -142,9 +142,7 @@ def test_model_that_the_engine_cannot_load_says_why(tmp_path: Path) -> None:
 
 def test_starter_is_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The embedded model and its digest are described beside it."""
-    (tmp_path / "starter.json").write_text(
-        json.dumps({"file": "starter.gguf", "sha256": DIGEST, "size_bytes": 1})
-    )
+    (tmp_path / "starter.json").write_text(json.dumps({"file": "starter.gguf", "sha256": DIGEST, "size_bytes": 1}))
     monkeypatch.setattr(models, "STARTER_DIR", tmp_path)
     assert resolve("starter", tmp_path / "cache") == models.ModelFile(tmp_path / "starter.gguf", DIGEST, None)
 
@@ -255,9 +253,7 @@ def test_file_changed_a_moment_ago_gets_no_stamp(model: Path, stamps: Path) -> N
     assert not stamps.exists()
 
 
-def test_file_from_the_future_gets_no_stamp(
-    model: Path, stamps: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_from_the_future_gets_no_stamp(model: Path, stamps: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that seems younger than now, after the clock was set back, is hashed every time."""
     now_ns = time.time_ns
     monkeypatch.setattr(time, "time_ns", lambda: now_ns() - LONG_AGO_NS)
@@ -291,9 +287,7 @@ def _corrupt(stamp: Path, **changes: object) -> None:
         lambda stamps: _corrupt(only_stamp(stamps), sha256=5),
     ],
 )
-def test_stamp_that_cannot_be_believed_is_ignored(
-    spoil: Callable[[Path], None], model: Path, stamps: Path
-) -> None:
+def test_stamp_that_cannot_be_believed_is_ignored(spoil: Callable[[Path], None], model: Path, stamps: Path) -> None:
     """A stamp that is damaged, differs in any field, or could be another's work spares nothing."""
     verify(model, stamps)
     spoil(stamps)
@@ -316,9 +310,7 @@ def test_stamp_behind_a_symlink_is_ignored(model: Path, stamps: Path, tmp_path: 
 
 
 @pytest.mark.usefixtures("later")
-def test_stamp_of_somebody_else_is_ignored(
-    model: Path, stamps: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stamp_of_somebody_else_is_ignored(model: Path, stamps: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stamp or folder that belongs to another user is not believed, and nothing is written there."""
     verify(model, stamps)
     before = only_stamp(stamps).read_bytes()
@@ -353,9 +345,7 @@ def test_file_that_changes_while_it_is_hashed_is_refused(
         open_verified(model, None, stamps)
 
 
-def test_file_that_cannot_be_read_is_refused(
-    model: Path, stamps: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_that_cannot_be_read_is_refused(model: Path, stamps: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An error of the disk in the middle of the file is told in one line."""
 
     def fail(file: object, kind: str) -> object:
@@ -366,9 +356,7 @@ def test_file_that_cannot_be_read_is_refused(
         open_verified(model, None, stamps)
 
 
-def test_file_without_permission_is_refused(
-    model: Path, stamps: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_without_permission_is_refused(model: Path, stamps: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that this user may not read is told in one line; root may, so the refusal is simulated."""
 
     def deny(path: Path, flags: int) -> int:

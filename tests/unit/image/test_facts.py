@@ -94,7 +94,20 @@ def test_a_key_without_scopes_may_generate(tmp_path: Path) -> None:
     assert (out / "node.env").read_text() == ""
 
 
+def test_addresses_are_listed_for_who_gives_them_to_the_node(tmp_path: Path) -> None:
+    """One a line; gone when the facts have none any more."""
+    code, out = check(tmp_path, f"{RIGHT}addresses: {{ipv4: 203.0.113.7, ipv6: '2001:db8::1'}}")
+    assert code == 0
+    assert (out / "addresses").read_text() == "203.0.113.7\n2001:db8::1\n"
+    code, out = check(tmp_path, RIGHT)
+    assert code == 0
+    assert not (out / "addresses").exists()
+
+
 WRONG = [
+    (f"{RIGHT}addresses: {{ipv4: 203.0.113.256}}", "addresses.ipv4: must be an IPv4 address"),
+    (f"{RIGHT}addresses: {{ipv4: '2001:db8::1'}}", "addresses.ipv4: must be an IPv4 address"),
+    (f"{RIGHT}addresses: {{ipv6: 203.0.113.7}}", "addresses.ipv6: must be an IPv6 address"),
     (f"{RIGHT}price_eur_per_hour: .nan", "price_eur_per_hour: must be a number"),
     (f"{RIGHT}price_eur_per_hour: .inf", "price_eur_per_hour: must be a number"),
     (f"{PLACE}api_keys: [{KEY}, limits: {{parallel: 60.0}}}}]", "api_keys[0].limits.parallel: must be a whole number"),
@@ -185,8 +198,10 @@ def test_wrong_facts_are_told_and_nothing_else_is_written(
         ("llm.example.org", CHAIN, True, {}),
         ("x.llm.example.org", CHAIN, False, {}),
         ("x.llm.example.org", CHAIN, True, {"monitoring.x.llm.example.org": "it is for other names"}),
-        *((f"{name}.example.org", CHAIN, False, {f"{name}.example.org": "it is for other names"})
-          for name in ("other", "y.x.llm", "llm.example.org.evil")),
+        *(
+            (f"{name}.example.org", CHAIN, False, {f"{name}.example.org": "it is for other names"})
+            for name in ("other", "y.x.llm", "llm.example.org.evil")
+        ),
         ("llm.example.org", CLIENT_CHAIN, False, {"llm.example.org": "unsuitable certificate purpose"}),
     ],
 )
@@ -245,6 +260,7 @@ def test_a_check_that_breaks_leaves_a_node_that_does_not_serve(tmp_path: Path) -
 def test_facts_of_the_server_that_a_snapshot_was_made_of_are_refused(tmp_path: Path) -> None:
     """A new server without facts of its own must not serve by another's keys; once it has some, it does."""
     check(tmp_path, RIGHT)
+
     def boot(instance: str) -> int:
         (tmp_path / "instance-id").write_text(instance)
         paths = [tmp_path / name for name in ("facts.yaml", "run")]

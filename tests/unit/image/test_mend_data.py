@@ -40,6 +40,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_a_container_is_seen_as_docker_tells_it() -> None:
     """Between two starts it does not run, whatever else is said."""
+
     def ask(*words: str) -> str:
         state = {"Running": True, "Restarting": restarting, "StartedAt": "1970-01-01T00:01:40.123456789Z"}
         return json.dumps([{"Id": "a", "RestartCount": 3, "State": state}])
@@ -100,6 +101,7 @@ def test_a_trial_that_was_cut_off_loses_nothing(folder: Path) -> None:
 
 def test_a_disk_that_is_full_costs_no_data(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """There may be no room for as much as an empty folder."""
+
     def fail(*words: object, **more: object) -> None:
         raise OSError("no space left on device")
 

@@ -51,8 +51,15 @@ def node(tmp_path: Path) -> Node:
 def test_the_metadata_say_whose_interfaces_lead_there() -> None:
     """As the cloud writes them; without a network there is none."""
     link = PrivateLink(
-        network_id=1, network_name="a: b", ip="10.0.1.2", alias_ips=("10.0.1.3",), mac_address=FIRST.upper(),
-        ip_range="10.0.0.0/16", subnet="10.0.1.0/24", gateway="10.0.0.1", routes=(),
+        network_id=1,
+        network_name="a: b",
+        ip="10.0.1.2",
+        alias_ips=("10.0.1.3",),
+        mac_address=FIRST.upper(),
+        ip_range="10.0.0.0/16",
+        subnet="10.0.1.0/24",
+        gateway="10.0.0.1",
+        routes=(),
     )
     assert private_network.read_macs(private_networks({1: link})) == {FIRST}
     assert private_network.read_macs(private_networks({})) == set()
@@ -116,6 +123,7 @@ def test_what_nobody_configures_is_configured_by_dhcp(node: Node) -> None:
 
 def test_a_filter_that_could_not_be_told_is_told_again(node: Node) -> None:
     """Its table may not be there yet."""
+
     def fail(command: list[str]) -> None:
         raise OSError(command[0])
 

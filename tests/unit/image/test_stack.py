@@ -65,7 +65,8 @@ def test_a_watchdog_is_posted_to_as_long_as_all_is_well() -> None:
     operator, watchdog = document["receivers"]
     assert operator["webhook_configs"] == [{"url": "https://a.org/", "send_resolved": True}]
     assert (watchdog["name"], watchdog["webhook_configs"]) == (
-        route["receiver"], [{"url": "https://b.org/", "send_resolved": False}]
+        route["receiver"],
+        [{"url": "https://b.org/", "send_resolved": False}],
     )
     for without in (FACTS, None):
         assert json.loads(stack.prometheus_rules(without)) == {"groups": []}

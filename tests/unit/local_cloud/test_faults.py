@@ -210,9 +210,7 @@ def test_a_full_disk_costs_the_record_and_no_answer(caplog: pytest.LogCaptureFix
     faults.close()
     faults.record(path="/v1/late")  # an answer that was under way at the end
     assert len(faults.read_calls()) == 4
-    assert [record.message for record in caplog.records] == [
-        "calls cannot be written down: No space left on device"
-    ]
+    assert [record.message for record in caplog.records] == ["calls cannot be written down: No space left on device"]
 
 
 def test_no_plan_lasts_for_ever(cloud: Cloud) -> None:

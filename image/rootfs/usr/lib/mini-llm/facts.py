@@ -8,6 +8,7 @@ shows /health and /ready. Exit code 0 for facts that are right, 1 for others, wi
 """
 
 import hashlib
+import ipaddress
 import json
 import math
 import os
@@ -98,7 +99,13 @@ def read_facts(path: Path, schema: dict[str, Any]) -> dict[str, Any]:
         raise FactsWrong([f"{path} is not YAML: {_where(error)}"]) from error
     found = _Validator(schema).iter_errors(facts)
     problems = [_describe(error) for error in sorted(found, key=lambda error: [str(part) for part in error.path])]
-    problems += [*_find_twins(facts), *_find_bad_times(facts), *_find_certificate(facts)] if not problems else []
+    if not problems:
+        problems = [
+            *_find_twins(facts),
+            *_find_bad_times(facts),
+            *_find_bad_addresses(facts),
+            *_find_certificate(facts),
+        ]
     if problems:
         raise FactsWrong(problems)
     return facts
@@ -217,6 +224,18 @@ def _find_bad_times(facts: dict[str, Any]) -> list[str]:
     return problems
 
 
+def _find_bad_addresses(facts: dict[str, Any]) -> list[str]:
+    problems = []
+    for family, address in facts.get("addresses", {}).items():
+        try:
+            fits = ipaddress.ip_address(address).version == int(family[-1])
+        except ValueError:
+            fits = False
+        if not fits:
+            problems.append(f"addresses.{family}: must be an IP{family[2:]} address")
+    return problems
+
+
 def _find_certificate(facts: dict[str, Any]) -> list[str]:
     if ("acme" in facts) == ("certificate" in facts):
         return ["facts: one of acme (to order the certificate) and certificate (to bring it) must be there"]
@@ -311,7 +330,7 @@ def write_traefik(folder: Path, facts: dict[str, Any] | None) -> None:
 def write_all(run: Path, facts: dict[str, Any] | None) -> None:
     """What the programs read, from facts that are right; or, for None, as long as nobody knows any."""
     own, scraping_key = run / "mini-llm", f"mllm_{secrets.token_hex(24)}"
-    for name in ("keys.json", "node.env"):
+    for name in ("keys.json", "node.env", "addresses"):
         (own / name).unlink(missing_ok=True)
     write_traefik(run / "mini-llm-traefik", facts)
     write_whole(run / "mini-llm-alertmanager" / "alertmanager.yaml", stack.alertmanager_file(facts), 0o640)
@@ -321,6 +340,8 @@ def write_all(run: Path, facts: dict[str, Any] | None) -> None:
     if facts is not None:
         texts["keys.json"] = json.dumps(keys_of(facts, datetime.now(UTC), scraping_key), indent=1) + "\n"
         texts["node.env"] = _as_env(settings_of(facts))
+        if "addresses" in facts:
+            texts["addresses"] = "".join(f"{address}\n" for address in facts["addresses"].values())
     for name, text in texts.items():
         write_whole(own / name, text, 0o640)
 

@@ -1,0 +1,165 @@
+#!/usr/bin/env python3
+"""Proves that a node serves: Terraform's gate, before addresses move to a new node, and after. Told by its environment.
+
+PROOF_ADDRESS (whom to ask), PROOF_DOMAIN (by which name), PROOF_KEY (a key of its service), PROOF_TIMEOUT_S,
+PROOF_CERTIFICATE (``valid``, or ``any`` while it cannot be there yet) and PROOF_AUTHORITY (PEM file, where the system
+does not know who signed it). Exit code 0 once the node has answered a generation, 1 with the reason if it never did.
+"""
+
+import os
+import sys
+import time
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+try:
+    import requests
+    from urllib3.exceptions import InsecureRequestWarning
+
+    from scripts.bake.probe import ByAddress
+except ModuleNotFoundError as error:
+    sys.exit(f"error: Python has no module {error.name}; run `make bake`, or name another one: -var python=…")
+
+_REQUEST_TIMEOUT_S = (5.0, 120.0)  # a generation of some tokens by a large model
+_PAUSE_S = 1.0
+_SAID_EVERY_S = 15.0
+_QUESTION = {"prompt": "Name three colours.", "max_tokens": 8, "temperature": 0}
+
+
+class NotYet(Exception):
+    """The node does not serve; it may later."""
+
+
+class Never(Exception):
+    """The node does not serve, and waiting will not help."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What to prove; ``verify`` is what requests takes for its certificate."""
+
+    address: str
+    domain: str
+    key: str
+    timeout_s: float
+    verify: bool | str
+
+
+def read_order(environment: dict[str, str]) -> Order:
+    """The order in an environment. Raises Never if it makes no sense."""
+    try:
+        certificate = environment["PROOF_CERTIFICATE"]
+        if certificate not in ("valid", "any"):
+            raise Never("PROOF_CERTIFICATE must be valid or any")
+        authority = environment.get("PROOF_AUTHORITY", "")
+        if authority and not Path(authority).is_file():
+            raise Never(f"{authority}, which should hold the authority's certificate, is no file")
+        return Order(
+            environment["PROOF_ADDRESS"],
+            environment["PROOF_DOMAIN"],
+            environment["PROOF_KEY"],
+            float(environment["PROOF_TIMEOUT_S"]),
+            (authority or True) if certificate == "valid" else False,
+        )
+    except KeyError as error:
+        raise Never(f"{error.args[0]} is missing; Terraform sets it") from error
+
+
+def _judge(ready: requests.Response) -> None:
+    """Raises NotYet, or Never where it stays so until somebody acts: a failed engine, wrong facts."""
+    if ready.status_code == 200:
+        return
+    told = ready.json()
+    kind = Never if told.get("status") == "failed" else NotYet
+    raise kind(f"/ready says {ready.status_code}: {told.get('reason') or ready.text[:500]}")
+
+
+def _judge_unverified(order: Order) -> None:
+    """A node with wrong facts has no certificate, and says why to whoever asks."""
+    try:
+        told = open_session(replace(order, verify=False)).get(
+            f"https://{order.address}/ready", timeout=_REQUEST_TIMEOUT_S
+        )
+        _judge(told)
+    except (requests.RequestException, AttributeError):
+        pass  # it says nothing more than its certificate does
+
+
+def open_session(order: Order) -> requests.Session:
+    """A session that connects to the node's address and asks for its name."""
+    session = requests.Session()
+    session.trust_env = False
+    session.mount("https://", ByAddress(order.domain if order.verify else None, order.domain))
+    session.headers["Host"] = order.domain
+    session.verify = order.verify
+    return session
+
+
+def ask_once(session: requests.Session, order: Order) -> str:
+    """What the node answers to the question. Raises NotYet and Never."""
+    try:
+        ready = session.get(f"https://{order.address}/ready", timeout=_REQUEST_TIMEOUT_S)
+        _judge(ready)
+        answer = session.post(
+            f"https://{order.address}/generate",
+            json=_QUESTION,
+            headers={"Authorization": f"Bearer {order.key}"},
+            timeout=_REQUEST_TIMEOUT_S,
+        )
+        if answer.status_code == 401:
+            raise Never(
+                "the key of the proof is not taken: it ends some time after a node was made; "
+                "make another node: terraform apply -replace=terraform_data.node"
+            )
+        if answer.status_code != 200:
+            raise NotYet(f"POST /generate says {answer.status_code}: {answer.text[:500]}")
+        response = str(answer.json()["response"])
+    except requests.exceptions.SSLError as error:
+        _judge_unverified(order)
+        raise NotYet(f"its certificate is not valid for {order.domain}: {error}") from error
+    except requests.RequestException as error:  # a JSONDecodeError is one, too
+        raise NotYet(f"{order.address} does not answer: {type(error).__name__}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise NotYet(f"{order.address} answers something else than mini-llm would") from error
+    if not response.strip():
+        raise Never("its model says nothing")
+    return response
+
+
+def prove(order: Order) -> str:
+    """Asks until the node answers; the answer. Raises Never with the last reason."""
+    session = open_session(order)
+    begin_s = said_s = time.monotonic()
+    while True:
+        try:
+            return ask_once(session, order)
+        except NotYet as reason:
+            now_s = time.monotonic()
+            if now_s - begin_s > order.timeout_s:
+                raise Never(f"not within {order.timeout_s:.0f} s: {reason}") from reason
+            if now_s - said_s > _SAID_EVERY_S:
+                print(f"{now_s - begin_s:.0f} s: {reason}", flush=True)
+                said_s = now_s
+            time.sleep(_PAUSE_S)
+
+
+def main() -> int:
+    """Proves what the environment orders."""
+    warnings.simplefilter("ignore", InsecureRequestWarning)  # said by PROOF_CERTIFICATE
+    try:
+        order = read_order(dict(os.environ))
+        begin_s = time.monotonic()
+        answer = prove(order)
+    except Never as reason:
+        print(f"error: the node does not serve: {reason}")
+        print("  the addresses were not moved to it, if they were not its own before; the next apply goes on from here")
+        return 1
+    print(f"{order.domain} at {order.address} serves after {time.monotonic() - begin_s:.1f} s: {answer[:60]!r}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

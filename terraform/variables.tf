@@ -1,0 +1,176 @@
+variable "image_id" {
+  type        = number
+  description = "Id of the snapshot to launch; `bake.py promote` writes it to image.auto.tfvars.json."
+
+  validation {
+    condition     = var.image_id > 0 && floor(var.image_id) == var.image_id
+    error_message = "The image_id must be the id of a snapshot: make bake, or bake.py promote ID, writes it."
+  }
+}
+
+variable "domain" {
+  type        = string
+  description = "The name that the service is reached by; its address records, and those of monitoring.<domain>, point to the addresses in the outputs."
+
+  validation {
+    condition     = can(regex("^([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?[.])+[a-z]([a-z0-9-]{0,61}[a-z0-9])?$", var.domain))
+    error_message = "The domain must be a name such as llm.example.org, in small letters."
+  }
+}
+
+variable "acme" {
+  type = object({
+    email     = string
+    server    = optional(string)
+    challenge = optional(string)
+    authority = optional(string)
+  })
+  default     = null
+  description = "Who hears of the certificate that is ordered, and where if not at Let's Encrypt; null with a certificate of your own."
+
+  validation {
+    condition     = var.acme == null || can(regex("^[^@ ]+@[^@ ]+[.][^@ ]+$", var.acme.email))
+    error_message = "The acme.email must be an e-mail address."
+  }
+}
+
+variable "certificate" {
+  type        = object({ chain = string, key = string })
+  default     = null
+  sensitive   = true
+  description = "A certificate of your own for domain and monitoring.<domain>, and its key, as PEM, instead of an order."
+}
+
+variable "api_keys" {
+  type = list(object({
+    name    = string
+    sha256  = string
+    scopes  = optional(list(string))
+    expires = optional(string)
+    limits = optional(object({
+      requests_per_minute = optional(number)
+      tokens_per_day      = optional(number)
+      parallel            = optional(number)
+    }))
+  }))
+  description = "Who may use the service: names, and the SHA-256 of their keys."
+
+  validation {
+    condition     = length(var.api_keys) > 0 && alltrue([for key in var.api_keys : can(regex("^[0-9a-f]{64}$", key.sha256))])
+    error_message = "There must be at least one of the api_keys, each with the SHA-256 of a key: 64 hexadecimal digits."
+  }
+
+  validation {
+    condition     = length(distinct([for key in var.api_keys : key.name])) == length(var.api_keys)
+    error_message = "Two of the api_keys have the same name."
+  }
+
+  validation {
+    condition     = !contains([for key in var.api_keys : key.name], "proof")
+    error_message = "The name proof is taken, by the key that a new node is proved with."
+  }
+}
+
+variable "monitoring" {
+  type        = object({ user = string, password_hash = string })
+  default     = null
+  description = "Who may see monitoring.<domain>; the hash is what `openssl passwd -apr1` makes of a random password."
+}
+
+variable "alerts" {
+  type = object({
+    webhook  = optional(string)
+    watchdog = optional(string)
+    mail = optional(object({
+      to        = string
+      from      = string
+      smarthost = string
+      username  = optional(string)
+      password  = optional(string)
+    }))
+  })
+  default     = null
+  sensitive   = true
+  description = "Who hears of alerts: a webhook, mail, or both."
+}
+
+variable "price_eur_per_hour" {
+  type        = number
+  default     = null
+  description = "What the server costs an hour, for the cost metric."
+}
+
+variable "ssh_public_keys" {
+  type        = map(string)
+  default     = {}
+  description = "Who may log in as root, by name. Without any, nobody can, and Hetzner mails a password that does not work."
+}
+
+variable "ssh_sources" {
+  type        = list(string)
+  default     = ["0.0.0.0/0", "::/0"]
+  description = "From where SSH is let in, as networks; an empty list lets it in from nowhere."
+
+  validation {
+    condition     = alltrue([for source in var.ssh_sources : can(cidrhost(source, 0))])
+    error_message = "The ssh_sources must be networks such as 203.0.113.7/32."
+  }
+}
+
+variable "name" {
+  type        = string
+  default     = "mini-llm"
+  description = "What everything of this deployment is called at the cloud, and what it is told apart by from another one."
+
+  validation {
+    condition     = can(regex("^[a-z][a-z0-9-]{0,30}[a-z0-9]$", var.name))
+    error_message = "The name must be 2 to 32 small letters, digits or dashes: it is part of a host's name."
+  }
+}
+
+variable "server_type" {
+  type        = string
+  default     = "cx23"
+  description = "Type of the node; its memory must hold the model."
+}
+
+variable "location" {
+  type        = string
+  default     = "fsn1"
+  description = "Where the node stands, and where its addresses are at home."
+}
+
+variable "network" {
+  type        = string
+  default     = "10.77.0.0/24"
+  description = "The private network of the deployment's nodes."
+
+  validation {
+    condition     = can(cidrhost(var.network, 2))
+    error_message = "The network must be one such as 10.77.0.0/24."
+  }
+}
+
+variable "protect_address" {
+  type        = bool
+  default     = true
+  description = "Keeps the addresses from being deleted, by destroy as well: whoever has them next gets your clients. Apply with false before you give them up."
+}
+
+variable "ready_timeout_s" {
+  type        = number
+  default     = 900
+  description = "How long a new node may take to prove itself before the apply fails and the old node stays."
+}
+
+variable "proof_authority" {
+  type        = string
+  default     = ""
+  description = "PEM file of the authority that the certificate is trusted by, where the system does not know it."
+}
+
+variable "python" {
+  type        = string
+  default     = "../.venv/bin/python"
+  description = "The Python that proves new nodes, seen from this folder; `make bake` sets it up."
+}
