@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
 # What needs root is typed with sudo; the environment stays with whom the checkout belongs to.
 SET_UP = $(if $(SUDO_USER),sudo -u $(SUDO_USER)) $(PYTHON) scripts/setup_venv.py
-TESTS ?= tests/unit tests/service tests/local_cloud tests/image
+TESTS ?= tests/unit tests/service tests/local_cloud tests/image tests/bake
 TEST_REQUIREMENTS := service/requirements.txt service/starter/requirements.txt scripts/requirements.txt \
   tests/requirements.txt
 
@@ -22,13 +22,14 @@ ifeq ($(LLM_MODEL),)
 unexport LLM_MODEL
 endif
 
-.PHONY: help serve bake cloud cloud-clean test unit bench bench-cloud bench-image bench-bake train lint lock clean
+.PHONY: help serve bake cloud cloud-clean test unit test-faults bench bench-cloud bench-image bench-bake train lint lock clean
 
 help:
 	@echo "make serve   serve a model on 127.0.0.1:8080 (HOST= PORT= MODEL= change that)"
 	@echo "make bake    bake the image, prove it, make it what Terraform launches (BAKE= adds options)"
 	@echo "make cloud   a Hetzner Cloud on this machine, for nothing (root; CLOUD= adds options);  make cloud-clean  remove it"
 	@echo "make test    run every test;  make unit  only the fast ones"
+	@echo "make test-faults  the whole fault plan of a bake, an hour or two (root; FAULTS= adds options)"
 	@echo "make bench   measure, as ratios in one run;  make bench-cloud, bench-image, bench-bake  of cloud, node, bake (root)"
 	@echo "make train   train the starter model again (up to an hour)"
 	@echo "make lint    check style;  make lock  pin requirements again;  make clean  remove .venv and caches"
@@ -55,6 +56,10 @@ test:
 
 unit: TESTS := tests/unit
 unit: test
+
+test-faults:
+	@$(SET_UP) $(TEST_REQUIREMENTS)
+	@$(VENV_PYTHON) -m tests.bake.fault_plan $(FAULTS)
 
 bench:
 	@$(SET_UP) $(TEST_REQUIREMENTS)
