@@ -242,7 +242,7 @@ class Bench:
         self.state.mkdir()
 
 
-def _insist(delete: Any, patience_s: float = 30.0) -> None:
+def _insist(delete: Any, patience_s: float = 400.0) -> None:
     """Deletes, also while an action still works on it."""
     end_s = time.monotonic() + patience_s
     while True:
