@@ -32,6 +32,7 @@ _MOMENTS = 20
 _REBOOTS = 6
 _OUTAGES = 3
 _AWAY_S = 12.0
+_SIGNALS_APART_S = 1.5  # nearer ones count as one
 _LATE_S = 65.0  # the client gives up after 60
 _LASTS_S = 300.0  # what an action of Hetzner's can take
 _DEEPEST = 5  # a call that comes more often than that is a poll
@@ -240,7 +241,7 @@ def _interrupt(moment_s: float, signals: tuple[signal.Signals, ...], bench: Benc
     time.sleep(moment_s)
     for number in signals:
         running.process.send_signal(number)
-        time.sleep(0.5)
+        time.sleep(_SIGNALS_APART_S)
     done = running.finish(120)
     wrong = [] if done.code in (0, 130) else [f"it ended with {done.code}"]
     wrong += ["it said a traceback"] if "Traceback" in done.said else []

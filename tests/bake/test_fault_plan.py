@@ -16,7 +16,6 @@ SAMPLE = (
     "fatal: always POST /v1/servers/*/actions/create_image",
     "fatal: always PUT /v1/images/*",
     "killed: random 1",
-    "killed: random 2",
     "interrupted: 1",
 )
 
