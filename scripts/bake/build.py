@@ -129,7 +129,7 @@ def started_run(cloud: Cloud, state: Path, console: Console) -> Iterator[Run]:
         try:
             yield run
         except BaseException as error:
-            if isinstance(error, BakeError):
+            if isinstance(error, (BakeError, Interrupted)):
                 error.log = run.log
             if isinstance(error, Interrupted):
                 console.say("stopping: taking back what this run has made (once more to leave it to the next run)")

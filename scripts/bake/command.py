@@ -47,7 +47,7 @@ def main(words: list[str]) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         document, lines = options.run(options)
-    except BakeError as error:
+    except (BakeError, Interrupted) as error:
         return _fail(options, error)
     except KeyboardInterrupt:  # between two handlers
         return _fail(options, Interrupted("interrupted"))
@@ -61,7 +61,7 @@ def main(words: list[str]) -> int:
     return Exit.FAILED if document.get("problems") else Exit.DONE
 
 
-def _fail(options: argparse.Namespace, error: BakeError) -> int:
+def _fail(options: argparse.Namespace, error: BakeError | Interrupted) -> int:
     if options.json:
         print(json.dumps({"error": str(error), "hint": error.hint, "exit": int(error.exit)}))
     print(f"error: {error}", file=sys.stderr)

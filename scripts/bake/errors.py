@@ -54,7 +54,12 @@ class ImageGone(CloudFailed):
     """A snapshot that was there a moment ago is not any more: somebody else has removed it."""
 
 
-class Interrupted(BakeError):
-    """Somebody wants it to end: Ctrl-C or SIGTERM."""
+class Interrupted(KeyboardInterrupt):
+    """Somebody wants it to end: Ctrl-C or SIGTERM. No BakeError, so that nothing on the way takes it for a failure."""
 
     exit = Exit.INTERRUPTED
+
+    def __init__(self, message: str, hint: str = ""):
+        super().__init__(message)
+        self.hint = hint
+        self.log: Path | None = None

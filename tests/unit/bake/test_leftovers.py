@@ -7,9 +7,11 @@ import pytest
 
 from scripts.bake import leftovers
 from scripts.bake.cloud import Cloud
+from scripts.bake.errors import Interrupted
 from scripts.bake.leftovers import find_leftovers, remove, take_back
 from scripts.bake.runs import new_run
 from scripts.bake.snapshots import Snapshot
+from tests.unit.bake.conftest import InProcess
 from tests.unit.local_cloud.conftest import PUBLIC_KEY
 from tests.unit.local_cloud.conftest import Cloud as LocalCloud
 
@@ -100,3 +102,19 @@ def test_what_cannot_be_removed_is_told(
     assert "protected" in problems[0]
     assert leftovers.describe(problems).startswith("not removed, bake.py sweep will: ")
     assert [each.name for each in cloud.servers()] == ["origin", "named-otherwise"]
+
+
+def test_ctrl_c_while_something_is_removed_ends_it(cloud: Cloud, state: Path, way: InProcess, dead: set[str]) -> None:
+    """It is no deletion that has failed: the rest stays, and no bake goes on to label and promote."""
+    found = find_leftovers(cloud, state)
+
+    def interrupt(request: object) -> None:
+        raise Interrupted("interrupted by SIGINT")
+
+    way.faults = [interrupt]
+    with pytest.raises(Interrupted):
+        remove(cloud, found)
+    way.faults = [interrupt]
+    with new_run(state) as run, pytest.raises(Interrupted):
+        take_back(cloud, run)
+    assert len(find_leftovers(cloud, state)) == 5
