@@ -43,7 +43,8 @@ class PackerEnded(Exception):
 
 
 def require_packer(template: Path, environment: Mapping[str, str]) -> str:
-    """Packer's version, with its plugin installed. Raises Refused."""
+    """Packer's version, with its plugin installed; it sees no token, for it asks the cloud nothing. Raises Refused."""
+    environment = {**environment, "HCLOUD_TOKEN": "not-asked-for"}
     program = shutil.which("packer", path=environment.get("PATH"))
     if program is None:
         raise Refused("packer is not on the PATH", _HINT)
@@ -53,7 +54,7 @@ def require_packer(template: Path, environment: Mapping[str, str]) -> str:
         raise Refused(f"this Packer is {told.splitlines()[0] if told else 'unknown'}; 1.11 or newer is needed", _HINT)
     # Without its plugin Packer cannot read the template; `init` would ask the outside also where the plugin is there.
     for command in (["init", str(template)], None):
-        done = _run(["packer", "validate", str(template)], {**environment, "HCLOUD_TOKEN": "not-asked-for"})
+        done = _run(["packer", "validate", str(template)], environment)
         if done.returncode == 0:
             return match[0].removeprefix("v")
         if command is not None:
