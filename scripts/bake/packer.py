@@ -67,7 +67,18 @@ def require_packer(template: Path, environment: Mapping[str, str]) -> str:
 
 
 def _run(command: list[str], environment: Mapping[str, str]) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(command, env=dict(environment), capture_output=True, text=True, timeout=_COMMAND_TIMEOUT_S)
+    try:
+        return subprocess.run(
+            command,
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_COMMAND_TIMEOUT_S,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"it is not done within {_COMMAND_TIMEOUT_S} s"
+        raise Refused(f"{' '.join(command)}: {reason}", _HINT) from error
 
 
 def build(

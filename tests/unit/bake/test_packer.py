@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from scripts.bake import packer
+from scripts.bake.errors import Refused
 
 TOKEN = "a-token-that-nobody-else-may-have"
 
@@ -31,3 +32,16 @@ def test_packer_is_looked_at_without_the_token(seen: list[dict[str, Any]]) -> No
     assert packer.require_packer(Path("image"), {**os.environ, "HCLOUD_TOKEN": TOKEN}) == "1.14.2"
     assert [each["command"][1] for each in seen] == ["version", "validate"]
     assert TOKEN not in str(seen)
+
+
+def test_a_program_that_does_not_end_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another program of this name may wait for its input; ours may for a network that swallows all."""
+
+    def run(command: list[str], **more: Any) -> None:
+        assert more["stdin"] == subprocess.DEVNULL
+        raise subprocess.TimeoutExpired(command, more["timeout"])
+
+    monkeypatch.setattr(packer.shutil, "which", lambda name, path: name)
+    monkeypatch.setattr(packer.subprocess, "run", run)
+    with pytest.raises(Refused, match="packer version: it is not done within 120 s"):
+        packer.require_packer(Path("image"), {})
