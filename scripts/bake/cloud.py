@@ -322,7 +322,7 @@ class Cloud:
                     return
                 raise _describe(what, error) from error
 
-    def relabel(self, snapshot: Snapshot, *without: str, **more: str) -> Snapshot:
+    def relabel(self, snapshot: Snapshot, /, *without: str, **more: str) -> Snapshot:
         """The snapshot with other labels, in one call; the labels are read anew right before. Raises ImageGone."""
         what = f"label snapshot {snapshot.id}"
 

@@ -128,7 +128,7 @@ def channels(snapshots: Iterable[Snapshot]) -> list[str]:
     return sorted({name for each in snapshots for name in each.channels})
 
 
-def with_labels(snapshot: Snapshot, *without: str, **more: str) -> dict[str, str]:
+def with_labels(snapshot: Snapshot, /, *without: str, **more: str) -> dict[str, str]:
     """Its labels, changed; underscores in names stand for dashes."""
     kept = {name: value for name, value in snapshot.labels.items() if name not in without}
     return {**kept, **{name.replace("_", "-"): value for name, value in more.items()}}

@@ -38,6 +38,16 @@ def test_promote_and_rollback_walk_one_line(
         rollback(cloud, "beta", tmp_path)
 
 
+@pytest.mark.parametrize("channel", ["snapshot", "self"])
+def test_a_channel_may_be_called_as_a_word_of_the_code(
+    cloud: Cloud, make_snapshot: Callable[..., Snapshot], tmp_path: Path, channel: str
+) -> None:
+    """Its name is a label's, and none of an argument."""
+    image = make_snapshot(**VERIFIED)
+    promote(cloud, image, channel, tmp_path)
+    assert held(cloud, channel) == [image.id]
+
+
 def test_promoting_the_holder_writes_no_label(
     cloud: Cloud, make_snapshot: Callable[..., Snapshot], tmp_path: Path, way: InProcess
 ) -> None:
