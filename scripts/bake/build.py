@@ -223,10 +223,14 @@ def _bake(bake: _Bake) -> Baked:
         report = keep_report(
             bake.state, make_report(candidate, bake.tree, bake.run, console.times_s, proof, place, bake.packer)
         )
-        cloud.delete_snapshot(candidate)
+        # Looked at once more: somebody may have promoted it by its id meanwhile.
+        if problems := remove(cloud, Leftovers([], [], [candidate])):
+            console.say(describe(problems))
+        stays = cloud.snapshot(candidate.id) is not None
+        became = "it stays, for somebody else has finished it" if stays else "it was not labelled verified and is gone"
         raise ChecksFailed(
             f"the image is not what it should be: {'; '.join(proof.problems)}",
-            f"it was not labelled verified and is gone; what the node said is in {report}",
+            f"{became}; what the node said is in {report}",
         )
     with console.phase("label"):
         verified = cloud.relabel(candidate, "deadline", verified_at=format_time(datetime.now(UTC)))

@@ -1,0 +1,60 @@
+"""The way from a candidate to a verified image, where others are at work beside."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts.bake import build as build_module
+from scripts.bake.build import Wishes, _Bake, _bake
+from scripts.bake.checks import Checked, Proof
+from scripts.bake.cloud import Cloud
+from scripts.bake.console import Console
+from scripts.bake.errors import ChecksFailed
+from scripts.bake.inputs import Model, Tree
+from scripts.bake.preflight import Places
+from scripts.bake.runs import new_run
+from scripts.bake.snapshots import Snapshot
+
+Prove = Callable[[Snapshot], Proof]
+FAILED = Proof([Checked("alerts", "alerts: InstanceDown", 0.1)], None, None)
+
+
+@pytest.fixture
+def bake_candidate(
+    cloud: Cloud, state: Path, make_snapshot: Callable[..., Snapshot], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Prove], Snapshot]:
+    """Bakes with a candidate that is there already, and a proof of one's own; the candidate."""
+
+    def bake(prove: Prove) -> Snapshot:
+        with new_run(state) as run:
+            candidate = make_snapshot(run=run.id, deadline=str(run.deadline_s))
+            monkeypatch.setattr(build_module, "_adopt", lambda bake: candidate)
+            monkeypatch.setattr(build_module, "prove_image", lambda *words: (prove(candidate), "cx23 at fsn1"))
+            digests: Mapping[str, Any] = {}
+            tree = Tree(state, "none", [], {}, Model("starter", "", 1, 2), digests)
+            console, places = Console(state, "test"), Places([], [])
+            with pytest.raises(ChecksFailed) as told:
+                _bake(_Bake(Wishes(state), tree, cloud, state, console, run, "1", places, "1.14.2"))
+            assert ("is gone" in told.value.hint) == (cloud.snapshot(candidate.id) is None)
+            return candidate
+
+    return bake
+
+
+def test_a_candidate_that_fails_goes(cloud: Cloud, bake_candidate: Callable[[Prove], Snapshot]) -> None:
+    """Nobody can launch it by mistake."""
+    assert cloud.snapshot(bake_candidate(lambda candidate: FAILED).id) is None
+
+
+def test_a_candidate_that_somebody_promoted_meanwhile_stays(
+    cloud: Cloud, bake_candidate: Callable[[Prove], Snapshot]
+) -> None:
+    """By its id and --unverified: Terraform may have launched it by now."""
+
+    def prove(candidate: Snapshot) -> Proof:
+        cloud.relabel(candidate, "deadline", verified_at="20261126T120000Z", stable="1")
+        return FAILED
+
+    assert cloud.snapshot(bake_candidate(prove).id) is not None
