@@ -47,6 +47,10 @@ class CallFailed:
         return self.lost or self.code in PASSING
 
 
+class _Listener(ThreadingHTTPServer):
+    daemon_threads = True
+
+
 class Relay:
     """Takes calls as long as it is open; ``failures`` are those of Packer's that went wrong, in their order."""
 
@@ -55,8 +59,9 @@ class Relay:
         self.token = secrets.token_hex(32)  # Hetzner's have 64 characters too
         self.failures: list[CallFailed] = []
         self._local = threading.local()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self._server.daemon_threads = True
+        self._closed = threading.Event()
+        self._calls, self._fewer = 0, threading.Condition()
+        self._server = _Listener(("127.0.0.1", 0), self._handler())
 
     @property
     def endpoint(self) -> str:
@@ -65,14 +70,17 @@ class Relay:
 
     @contextmanager
     def opened(self) -> Iterator["Relay"]:
-        """Serves meanwhile."""
+        """Serves meanwhile. Afterwards no call is under way: what is removed then stays removed."""
         thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         thread.start()
         try:
             yield self
         finally:
+            self._closed.set()
             self._server.shutdown()
             self._server.server_close()
+            with self._fewer:
+                self._fewer.wait_for(lambda: self._calls == 0, sum(_TIMEOUT_S))
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
         relay = self
@@ -105,6 +113,16 @@ class Relay:
 
     def forward(self, method: str, path: str, body: bytes) -> tuple[int, dict[str, str], bytes]:
         """Status, headers and body of the cloud's answer, or of the one that says that there is none."""
+        with self._fewer:
+            self._calls += 1
+        try:
+            return self._forward(method, path, body)
+        finally:
+            with self._fewer:
+                self._calls -= 1
+                self._fewer.notify_all()
+
+    def _forward(self, method: str, path: str, body: bytes) -> tuple[int, dict[str, str], bytes]:
         call = f"{method} {path}"
         if method == "POST":
             body = self._label(path, body)
@@ -113,6 +131,8 @@ class Relay:
         begin_s = time.monotonic()
         end_s = begin_s + self._patience_s
         for pause_s in pauses():
+            if self._closed.is_set():
+                return self._give_up(CallFailed(call, "unavailable", "the bake waits for no answer any more", ""))
             try:
                 answer = self._send(method, path, body)
             except requests.RequestException as error:
@@ -123,7 +143,7 @@ class Relay:
                         CallFailed(call, "unavailable", f"no answer ({type(error).__name__})", "", lost)
                     )
                 _log.info("packer: %s: %s; tried again", call, type(error).__name__)
-                time.sleep(pause_s)
+                self._closed.wait(pause_s)
                 continue
             headers = {name: answer.headers[name] for name in _HANDED_BACK if name in answer.headers}
             _log.info("packer: %s: %d %s", call, answer.status_code, headers.get("X-Correlation-Id", ""))
@@ -136,7 +156,7 @@ class Relay:
                 if answer.status_code != 404 or method != "GET":
                     self.failures.append(failed)
                 return answer.status_code, headers, answer.content
-            time.sleep(pause_s)
+            self._closed.wait(pause_s)
         raise AssertionError("pauses never end")
 
     def _note_failed_actions(self, call: str, answer: requests.Response) -> None:

@@ -1,6 +1,8 @@
 """The way of Packer's calls: labelled, tried again, and their failures known by code."""
 
 import json
+import threading
+from itertools import repeat
 from typing import Any
 
 import pytest
@@ -20,16 +22,20 @@ LABELS = {"product": "mini-llm", "run": "20261126-1200-0a1b2c", "deadline": "1"}
 class _Silent:
     """In the place of the listening socket."""
 
-    daemon_threads = False
-
     def __init__(self, *words: Any):
         self.server_port = 1
+
+    def serve_forever(self, poll_interval: float) -> None:
+        """Nothing comes."""
+
+    shutdown = server_close = lambda self: None
 
 
 @pytest.fixture
 def relay(way: InProcess, monkeypatch: pytest.MonkeyPatch) -> Relay:
     """One that listens nowhere."""
-    monkeypatch.setattr(relay_module, "ThreadingHTTPServer", _Silent)
+    monkeypatch.setattr(relay_module, "_Listener", _Silent)
+    monkeypatch.setattr(relay_module, "pauses", lambda: repeat(0.0))
     monkeypatch.setattr(relay_module.time, "sleep", lambda seconds: None)
     made = Relay(Access("http://127.0.0.1:8899/v1", "local"), LABELS, patience_s=5.0)
     session = requests.Session()
@@ -120,3 +126,32 @@ def test_a_snapshot_waits_until_the_server_is_off(relay: Relay, local: LocalClou
     assert status == 201
     assert seen == ["running"] * 3
     local.wait(told["action"])
+
+
+def test_once_it_is_closed_nothing_is_made_any_more(relay: Relay, way: InProcess) -> None:
+    """Packer may be gone while its call is still tried again; what that made would outlive the look at the rest."""
+    tried = threading.Event()
+
+    def refuse_on(request: requests.PreparedRequest) -> requests.Response | None:
+        tried.set()
+        way.faults.append(refuse_on)
+        return refuse(503, "unavailable")(request)
+
+    way.faults = [refuse_on]
+    relay._patience_s = 1e6
+    with relay.opened():
+        packer = threading.Thread(target=call_by_another, args=(relay, way))
+        packer.start()
+        assert tried.wait(10)
+    assert relay._calls == 0
+    packer.join(10)
+    assert not packer.is_alive()
+    way.faults, made = [], len(way.calls)
+    assert call(relay, "POST", "/ssh_keys", KEY)[0] == 503
+    assert len(way.calls) == made
+
+
+def call_by_another(relay: Relay, way: InProcess) -> None:
+    relay._local.session = requests.Session()
+    relay._local.session.mount("http://", way)
+    call(relay, "POST", "/ssh_keys", KEY)
