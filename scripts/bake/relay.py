@@ -26,6 +26,7 @@ _log = logging.getLogger(__name__)
 _TIMEOUT_S = (10.0, 60.0)
 _PATIENCE_S = 300.0
 _OFF_PATIENCE_S = 120.0
+_LARGEST_BODY = 1 << 20  # of a call; user-data has 32 KiB at most
 _LABELLED = ("/servers", "/ssh_keys")
 _CREATE_IMAGE = re.compile(r"/servers/(\d+)/actions/create_image")
 _HANDED_BACK = ("Content-Type", "X-Correlation-Id", "RateLimit-Limit", "RateLimit-Remaining", "RateLimit-Reset", "Link")
@@ -49,6 +50,10 @@ class CallFailed:
 
 class _Listener(ThreadingHTTPServer):
     daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Such as an answer that nobody waits for any more; it belongs into the log, not onto the terminal."""
+        _log.info("packer: a call ended early", exc_info=True)
 
 
 class Relay:
@@ -89,10 +94,12 @@ class Relay:
             protocol_version = "HTTP/1.1"
 
             def _answer(self) -> None:
-                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                told = self.headers.get("Authorization", "")
-                if not hmac.compare_digest(told.encode(), f"Bearer {relay.token}".encode()):
+                told, length = self.headers.get("Authorization", ""), self.headers.get("Content-Length") or "0"
+                known = hmac.compare_digest(told.encode(), f"Bearer {relay.token}".encode())
+                if not known or not length.isdecimal() or int(length) > _LARGEST_BODY:
+                    self.close_connection = True  # nothing is read of who may not ask, or says too much
                     return self._send(401, {}, b'{"error":{"code":"unauthorized","message":"not for you"}}')
+                body = self.rfile.read(int(length))
                 status, headers, content = relay.forward(self.command, self.path.removeprefix("/v1"), body)
                 return self._send(status, headers, content)
 

@@ -1,5 +1,6 @@
 """The way of Packer's calls: labelled, tried again, and their failures known by code."""
 
+import io
 import json
 import threading
 from itertools import repeat
@@ -155,3 +156,22 @@ def call_by_another(relay: Relay, way: InProcess) -> None:
     relay._local.session = requests.Session()
     relay._local.session.mount("http://", way)
     call(relay, "POST", "/ssh_keys", KEY)
+
+
+@pytest.mark.parametrize(
+    ("key", "length"), [("wrong", "5"), (None, str(1 << 40)), (None, "-1"), (None, "many"), (None, "\u00b2")]
+)
+def test_nothing_is_read_of_who_may_not_ask_or_says_too_much(
+    relay: Relay, way: InProcess, key: str | None, length: str
+) -> None:
+    """Every user of the machine can reach it; for each the connection ends there."""
+    handled = relay._handler()
+    handler = handled.__new__(handled)
+    handler.headers = {"Authorization": f"Bearer {key or relay.token}", "Content-Length": length}  # type: ignore[assignment]
+    handler.command, handler.path, handler.requestline = "POST", "/v1/ssh_keys", ""
+    handler.request_version, handler.close_connection = "HTTP/1.1", False
+    handler.rfile, handler.wfile = None, io.BytesIO()  # type: ignore[assignment]
+    handler.do_POST()  # type: ignore[attr-defined]
+    assert handler.wfile.getvalue().startswith(b"HTTP/1.1 401")
+    assert handler.close_connection
+    assert way.calls == []
