@@ -133,8 +133,9 @@ class Relay:
         call = f"{method} {path}"
         if method == "POST":
             body = self._label(path, body)
-            if match := _CREATE_IMAGE.fullmatch(path):
-                self._wait_until_off(match[1])
+            if (match := _CREATE_IMAGE.fullmatch(path)) and not self._wait_until_off(match[1]):
+                what = f"server {match[1]} did not go down within {_OFF_PATIENCE_S:.0f} s"
+                return self._give_up(CallFailed(call, "timeout", what, ""))
         begin_s = time.monotonic()
         end_s = begin_s + self._patience_s
         for pause_s in pauses():
@@ -197,14 +198,15 @@ class Relay:
             return body  # the cloud will say what is wrong with it
         return json.dumps({**document, "labels": {**(document.get("labels") or {}), **self._labels}}).encode()
 
-    def _wait_until_off(self, server: str) -> None:
+    def _wait_until_off(self, server: str) -> bool:
         """Shutdown's success says only that the button was pressed; a disk that is copied meanwhile may be torn."""
         end_s = time.monotonic() + _OFF_PATIENCE_S
-        while time.monotonic() < end_s:
+        while time.monotonic() < end_s and not self._closed.is_set():
             status, _, content = self.forward("GET", f"/servers/{server}", b"")
             if status != 200 or json.loads(content)["server"]["status"] == "off":
-                return
+                return True  # what is amiss, the call itself will tell
             time.sleep(0.2)
+        return False
 
     def _give_up(self, failed: CallFailed) -> tuple[int, dict[str, str], bytes]:
         self.failures.append(failed)

@@ -129,6 +129,17 @@ def test_a_snapshot_waits_until_the_server_is_off(relay: Relay, local: LocalClou
     local.wait(told["action"])
 
 
+def test_no_snapshot_is_taken_of_a_server_that_does_not_go_down(
+    relay: Relay, local: LocalCloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The layer is baked again; with luck the next server goes down."""
+    server = local.make_server()
+    monkeypatch.setattr(relay_module, "_OFF_PATIENCE_S", 0.02)
+    assert call(relay, "POST", f"/servers/{server}/actions/create_image", {"type": "snapshot"})[0] == 503
+    assert [(each.code, each.passes) for each in relay.failures] == [("timeout", True)]
+    assert call(relay, "GET", "/images?type=snapshot")[1]["images"] == []
+
+
 def test_once_it_is_closed_nothing_is_made_any_more(relay: Relay, way: InProcess) -> None:
     """Packer may be gone while its call is still tried again; what that made would outlive the look at the rest."""
     tried = threading.Event()
