@@ -14,9 +14,10 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import quote
 
 import requests
 
@@ -29,6 +30,7 @@ _OFF_PATIENCE_S = 120.0
 _LARGEST_BODY = 1 << 20  # of a call; user-data has 32 KiB at most
 _LABELLED = ("/servers", "/ssh_keys")
 _CREATE_IMAGE = re.compile(r"/servers/(\d+)/actions/create_image")
+_UNSURE = {"server_error", "bad_gateway", "timeout"}  # what was asked for may have been done all the same
 _HANDED_BACK = ("Content-Type", "X-Correlation-Id", "RateLimit-Limit", "RateLimit-Remaining", "RateLimit-Reset", "Link")
 
 
@@ -136,7 +138,7 @@ class Relay:
             if (match := _CREATE_IMAGE.fullmatch(path)) and not self._wait_until_off(match[1]):
                 what = f"server {match[1]} did not go down within {_OFF_PATIENCE_S:.0f} s"
                 return self._give_up(CallFailed(call, "timeout", what, ""))
-        begin_s = time.monotonic()
+        begin_s, unsure = time.monotonic(), False
         end_s = begin_s + self._patience_s
         for pause_s in pauses():
             if self._closed.is_set():
@@ -159,6 +161,13 @@ class Relay:
                 self._note_failed_actions(call, answer)
                 return answer.status_code, headers, answer.content
             failed = _read_failure(call, answer)
+            if failed.code == "uniqueness_error" and unsure:
+                # Made by a try before, whose answer said otherwise.
+                return self._give_up(replace(failed, lost=True))
+            if method == "POST" and failed.code in _UNSURE:
+                unsure = True
+                if _CREATE_IMAGE.fullmatch(path) and self._is_made(body):
+                    return self._give_up(replace(failed, lost=True))  # a snapshot has no name that keeps it from a twin
             given_s = begin_s + LOCKED_PATIENCE_S if failed.code == "locked" else end_s
             if not failed.passes or time.monotonic() > given_s:
                 if answer.status_code != 404 or method != "GET":
@@ -198,6 +207,13 @@ class Relay:
             return body  # the cloud will say what is wrong with it
         return json.dumps({**document, "labels": {**(document.get("labels") or {}), **self._labels}}).encode()
 
+    def _is_made(self, body: bytes) -> bool:
+        """Whether the snapshot of this run and layer is there, or being made."""
+        labels = json.loads(body).get("labels") or {}
+        told = ",".join(f"{name}={labels.get(name, '')}" for name in ("run", "layer"))
+        status, _, content = self.forward("GET", f"/images?type=snapshot&label_selector={quote(told)}", b"")
+        return status == 200 and bool(json.loads(content)["images"])
+
     def _wait_until_off(self, server: str) -> bool:
         """Shutdown's success says only that the button was pressed; a disk that is copied meanwhile may be torn."""
         end_s = time.monotonic() + _OFF_PATIENCE_S
@@ -210,7 +226,8 @@ class Relay:
 
     def _give_up(self, failed: CallFailed) -> tuple[int, dict[str, str], bytes]:
         self.failures.append(failed)
-        document: dict[str, Any] = {"error": {"code": failed.code, "message": failed.message, "details": None}}
+        # Of another code the plugin might try the call again by itself.
+        document: dict[str, Any] = {"error": {"code": "unavailable", "message": failed.message, "details": None}}
         return 503, {"Content-Type": "application/json"}, json.dumps(document).encode()
 
 

@@ -13,7 +13,7 @@ from scripts.bake import relay as relay_module
 from scripts.bake.cloud import Access
 from scripts.bake.relay import Relay
 from tests.unit.bake.conftest import InProcess
-from tests.unit.bake.test_cloud import drop, lose, refuse
+from tests.unit.bake.test_cloud import Fault, drop, lose, refuse
 from tests.unit.local_cloud.conftest import PUBLIC_KEY
 from tests.unit.local_cloud.conftest import Cloud as LocalCloud
 
@@ -89,6 +89,48 @@ def test_a_creation_whose_answer_was_lost_is_not_repeated(relay: Relay, way: InP
     [failed] = relay.failures
     assert (failed.call, failed.lost, failed.passes) == ("POST /ssh_keys", True, True)
     assert len(call(relay, "GET", "/ssh_keys")[1]["ssh_keys"]) == 1
+
+
+def do_and_refuse(way: InProcess, status: int, code: str) -> Fault:
+    """What was asked for is done, and the answer says otherwise."""
+
+    def fault(request: requests.PreparedRequest) -> requests.Response | None:
+        way.faults.insert(0, None)
+        way.send(request)
+        return refuse(status, code)(request)
+
+    return fault
+
+
+def test_a_creation_that_was_done_though_its_answer_says_otherwise_is_known(relay: Relay, way: InProcess) -> None:
+    """The second try finds the name taken, and the bake looks for what is there."""
+    way.faults = [do_and_refuse(way, 504, "timeout")]
+    assert call(relay, "POST", "/ssh_keys", KEY)[0] == 503
+    assert [(each.code, each.passes) for each in relay.failures] == [("uniqueness_error", True)]
+    assert len(call(relay, "GET", "/ssh_keys")[1]["ssh_keys"]) == 1
+
+
+def test_a_name_that_was_taken_before_is_no_lost_answer(relay: Relay) -> None:
+    """Trying again would not help."""
+    assert call(relay, "POST", "/ssh_keys", KEY)[0] == 201
+    assert call(relay, "POST", "/ssh_keys", KEY)[0] == 409
+    assert [(each.code, each.passes) for each in relay.failures] == [("uniqueness_error", False)]
+
+
+@pytest.mark.parametrize(("done", "left"), [(True, 503), (False, 201)])
+def test_no_snapshot_is_taken_twice(relay: Relay, local: LocalCloud, way: InProcess, done: bool, left: int) -> None:
+    """Nothing in its name would keep it from having a twin."""
+    server = local.make_server()
+    local.succeed(f"/servers/{server}/actions/poweroff")
+    fault = do_and_refuse(way, 502, "bad_gateway") if done else refuse(502, "bad_gateway")
+    way.faults = [None, fault]  # behind the look whether the server is off
+    body = {"type": "snapshot", "labels": {**LABELS, "layer": "stack"}}
+    status, told = call(relay, "POST", f"/servers/{server}/actions/create_image", body)
+    assert (status, told.get("error", {}).get("code")) == (left, "unavailable" if done else None)
+    assert [each.lost for each in relay.failures] == [True] * done
+    [made] = call(relay, "GET", "/images?type=snapshot")[1]["images"]
+    assert made["labels"]["layer"] == "stack"
+    local.wait(*call(relay, "GET", f"/servers/{server}/actions")[1]["actions"])
 
 
 def test_what_does_not_pass_is_handed_on_and_noted(relay: Relay, way: InProcess) -> None:
