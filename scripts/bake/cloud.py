@@ -43,10 +43,12 @@ LOCKED_PATIENCE_S = 3600.0  # for a thing that an action works on, which may be 
 _FIRST_PATIENCE_S = 15.0  # as long as nothing was ever heard of this cloud: its address may be wrong
 _SILENCE_S = 5.0  # after which a person is told what is being waited for
 _FIRST_LOOK_S, _LONGEST_LOOK_S = 0.2, 3.0  # at an action; the API allows one request a second in the long run
+_NO_API = "look at HCLOUD_ENDPOINT: is it an API of Hetzner Cloud, with its version, as in https://…/v1?"
 _HINTS = {
     "unauthorized": "the token is wrong or was deleted: make one with read and write access in the project's settings",
     "token_readonly": "the token may only read: make one with read and write access",
     "forbidden": "the token may not do this: make one with read and write access",
+    "404": _NO_API,
     "resource_limit_exceeded": "the project's limit is reached: delete what is not needed, or ask Hetzner",
 }
 
@@ -132,6 +134,11 @@ class Cloud:
                         raise
                     raise _describe(what, error) from error
                 reason = str(error)
+            except (ValueError, KeyError, TypeError) as error:  # requests' own of wrong addresses are such, too
+                raise CloudFailed(
+                    f"{what}: what {self.access.endpoint} says makes no sense ({type(error).__name__})",
+                    _NO_API,
+                ) from error
             except requests.RequestException as error:
                 if time.monotonic() > end_s:
                     raise CloudFailed(
@@ -144,6 +151,15 @@ class Cloud:
             time.sleep(next(pauses_s))
             if found is not None and (result := self._look(what, found)) is not None:
                 return result
+
+    def _ask(self, what: str, call: Callable[[], T], found: Callable[[], T | None] | None = None) -> T:
+        """As `attempt`, for calls whose callers tell no refusal apart."""
+        try:
+            return self.attempt(what, call, found)
+        except APIException as error:
+            described = _describe(what, error)
+            described.hint = described.hint or (_NO_API if error.code == "not_found" else "")
+            raise described from error
 
     def _look(self, what: str, found: Callable[[], T | None]) -> T | None:
         return self.attempt(f"{what}, looked for", found)
@@ -168,7 +184,7 @@ class Cloud:
 
     def snapshots(self) -> list[Snapshot]:
         """Every snapshot of this product."""
-        images = self.attempt(
+        images = self._ask(
             "list the snapshots", lambda: self.client.images.get_all(type=["snapshot"], label_selector=SELECTOR)
         )
         return [read_snapshot(each) for each in images]
@@ -185,26 +201,26 @@ class Cloud:
 
     def servers(self) -> list[BoundServer]:
         """Every server of the project, others' too."""
-        return self.attempt("list the servers", self.client.servers.get_all)
+        return self._ask("list the servers", self.client.servers.get_all)
 
     def ssh_keys(self) -> list[BoundSSHKey]:
         """Every SSH key of the project."""
-        return self.attempt("list the SSH keys", self.client.ssh_keys.get_all)
+        return self._ask("list the SSH keys", self.client.ssh_keys.get_all)
 
     def server_types(self) -> list[BoundServerType]:
         """What is on offer."""
-        return self.attempt("list the server types", self.client.server_types.get_all)
+        return self._ask("list the server types", self.client.server_types.get_all)
 
     def pricing(self) -> dict[str, Any]:
         """The price list, as ``GET /pricing`` has it."""
-        answer = self.attempt("look at the prices", lambda: self.client.request("GET", "/pricing"))
+        answer = self._ask("look at the prices", lambda: self.client.request("GET", "/pricing"))
         return dict(answer["pricing"])
 
     # What is made and changed.
 
     def add_key(self, name: str, public_key: str, labels: dict[str, str]) -> BoundSSHKey:
         """An SSH key; the one of that name, if a try before has made it."""
-        return self.attempt(
+        return self._ask(
             "add the SSH key",
             lambda: self.client.ssh_keys.create(name, public_key, labels=labels),
             lambda: self.client.ssh_keys.get_by_name(name),

@@ -85,6 +85,30 @@ def test_a_cloud_that_cannot_be_reached_is_given_up(cloud: Cloud, way: InProcess
         short.snapshots()
 
 
+@pytest.mark.parametrize("code", ["not_found", "invalid_input", "uniqueness_error", "placement_error"])
+def test_no_refusal_gets_past_as_an_exception_of_the_library(cloud: Cloud, way: InProcess, code: str) -> None:
+    """Of lists and keys there is nothing to tell apart; a path that is not there is an address that is wrong."""
+    for look in (cloud.snapshots, cloud.servers, cloud.ssh_keys, cloud.server_types, cloud.pricing):
+        way.faults = [refuse(404, code)]
+        with pytest.raises(CloudFailed, match=code) as told:
+            look()
+        assert ("HCLOUD_ENDPOINT" in told.value.hint) == (code == "not_found")
+    way.faults = [refuse(409, code)]
+    with pytest.raises(CloudFailed, match=code):
+        cloud.add_key("key", PUBLIC_KEY, LABELS)
+
+
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:8899/v1", "127.0.0.1:8899/v1", "http://:x/v1"])
+def test_what_makes_no_sense_is_told_at_once(cloud: Cloud, way: InProcess, endpoint: str) -> None:
+    """An address without a scheme, or something that is no API of this kind."""
+    made = Cloud(Access(endpoint, "local"))
+    made.client._client._session.mount("http://", way)
+    way.faults = [lambda request: as_response(request, 200, b'{"hello": "world"}', {})]
+    with pytest.raises(CloudFailed, match="makes no sense") as told:
+        made.snapshots()
+    assert "HCLOUD_ENDPOINT" in told.value.hint
+
+
 def test_a_key_whose_answer_was_lost_is_found_and_not_made_twice(cloud: Cloud, way: InProcess) -> None:
     """By its name."""
     way.faults = [lose(way)]
