@@ -77,22 +77,30 @@ def find_access(environment: dict[str, str] | None = None) -> Access:
     told = dict(os.environ) if environment is None else environment
     endpoint = told.get("HCLOUD_ENDPOINT") or "https://api.hetzner.cloud/v1"
     if token := told.get("HCLOUD_TOKEN", "").strip():
-        return Access(endpoint.rstrip("/"), token)
+        return Access(endpoint.rstrip("/"), _check_token(token, "HCLOUD_TOKEN"))
     path = Path(told.get("HCLOUD_CONFIG") or Path(told.get("HOME", "~")).expanduser() / ".config/hcloud/cli.toml")
     hint = "set HCLOUD_TOKEN, or make a context: hcloud context create NAME; no account: make cloud CLOUD=--old-clients"
     try:
         known = tomllib.loads(path.read_text())
     except FileNotFoundError:
         raise Refused("there is no token for the cloud", hint) from None
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise Refused(f"{path} cannot be read", hint) from error
     name = told.get("HCLOUD_CONTEXT") or known.get("active_context")
     for context in known.get("contexts", []):
         if context.get("name") == name and context.get("token"):
             return Access(
-                str(told.get("HCLOUD_ENDPOINT") or context.get("endpoint") or endpoint).rstrip("/"), context["token"]
+                str(told.get("HCLOUD_ENDPOINT") or context.get("endpoint") or endpoint).rstrip("/"),
+                _check_token(str(context["token"]), str(path)),
             )
     raise Refused(f"{path} has no active context with a token", hint)
+
+
+def _check_token(token: str, source: str) -> str:
+    """The token, if it can stand in a call's header at all; nothing of it is told. Raises Refused."""
+    if not token.isascii() or not token.isprintable() or " " in token:
+        raise Refused(f"{source} holds no token", "it has letters and digits alone, 64 of them at Hetzner")
+    return token
 
 
 class Cloud:

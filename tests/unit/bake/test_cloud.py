@@ -1,5 +1,6 @@
 """Calls: what is tried again, what is found again, and what is told."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -221,3 +222,15 @@ def test_a_deletion_whose_action_fails_is_tried_again(cloud: Cloud, local: Local
     local.call("PUT", "/_local/faults", {"faults": [{**fault, "times": 9}]})
     with pytest.raises(CloudFailed, match="delete server probe: a fault of the plan"):
         cloud.delete_server(cloud.servers()[0], END_S)
+
+
+@pytest.mark.parametrize("token", ["…", "two words", "one\nline more"])
+def test_what_cannot_be_a_token_is_refused_unseen(tmp_path: Path, token: str) -> None:
+    """Such as the dots of the README."""
+    with pytest.raises(Refused, match="HCLOUD_TOKEN holds no token") as told:
+        find_access({"HCLOUD_TOKEN": token})
+    assert token not in f"{told.value} {told.value.hint}"
+    path = tmp_path / "cli.toml"
+    path.write_text(f'active_context = "a"\n[[contexts]]\nname = "a"\ntoken = {json.dumps(token)}\n')
+    with pytest.raises(Refused, match=r"cli\.toml holds no token"):
+        find_access({"HCLOUD_CONFIG": str(path)})
