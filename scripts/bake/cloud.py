@@ -114,6 +114,9 @@ class Cloud:
             access.token, access.endpoint, application_name="mini-llm-bake", timeout=_CALL_TIMEOUT_S, poll_max_retries=0
         )
 
+        # It would try again by itself, with minutes of pauses of which nobody is told.
+        self.client._client._retry_max_retries = 0
+
     def attempt(self, what: str, call: Callable[[], T], found: Callable[[], T | None] | None = None) -> T:
         """The call's result, tried again as long as it fails in passing.
 

@@ -110,6 +110,22 @@ def test_what_makes_no_sense_is_told_at_once(cloud: Cloud, way: InProcess, endpo
     assert "HCLOUD_ENDPOINT" in told.value.hint
 
 
+@pytest.mark.parametrize("code", ["conflict", "timeout"])
+def test_the_library_does_not_try_again_by_itself(
+    cloud: Cloud, way: InProcess, code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its pauses of up to a minute would come on top, unseen: a wrong address was to be told within seconds."""
+    waited_s: list[float] = []
+    monkeypatch.setattr("hcloud._client.time.sleep", waited_s.append)
+
+    def time_out(request: requests.PreparedRequest) -> None:
+        raise requests.ConnectTimeout("no answer")
+
+    way.faults = [time_out, refuse(409, code), None]
+    assert cloud.snapshots() == []
+    assert max(waited_s) <= 1.0  # the pauses of bake's own, which begin anew for each call
+
+
 def test_a_key_whose_answer_was_lost_is_found_and_not_made_twice(cloud: Cloud, way: InProcess) -> None:
     """By its name."""
     way.faults = [lose(way)]
