@@ -7,13 +7,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 from scripts.bake.build import Wishes, build, require_image, verify
 from scripts.bake.channels import promote, refuse_withdrawn, rollback
 from scripts.bake.cloud import Access, Cloud, find_access
-from scripts.bake.console import Console
+from scripts.bake.console import Console, write_aside
 from scripts.bake.errors import BakeError, ChecksFailed, Exit, Interrupted, Refused
 from scripts.bake.housekeeping import NEWEST_KEPT, cost, plan_pruning, prune
 from scripts.bake.inputs import read_pins, read_tree
@@ -26,6 +27,7 @@ from scripts.bake.snapshots import DEFAULT_CHANNEL, LAYERS, Snapshot, channels, 
 
 _SAME_SIGNAL_S = 1.0  # wrappers such as timeout send one both to the process and to its group
 _ROOT = Path(__file__).resolve().parents[2]
+_OS_HINT = "make room and look after the rights, then run the same command again: it goes on where it can"
 _ABOUT = """From this repository to a verified, promoted snapshot at Hetzner, or on a local cloud.
 
 The token comes from HCLOUD_TOKEN or the active context of the hcloud command; HCLOUD_ENDPOINT names another cloud
@@ -43,33 +45,55 @@ class _Parser(argparse.ArgumentParser):
 def main(words: list[str]) -> int:
     """Runs one verb; the boundary where errors become lines and exit codes."""
     options = _parse(words)
-    signal.signal(signal.SIGINT, _interrupt)
-    signal.signal(signal.SIGTERM, _interrupt)
+    _handle_signals(_interrupt)
     try:
         document, lines = options.run(options)
     except (BakeError, Interrupted) as error:
         return _fail(options, error)
     except KeyboardInterrupt:  # between two handlers
         return _fail(options, Interrupted("interrupted"))
-    except BrokenPipeError:
+    except OSError as error:
+        return _fail(options, BakeError(f"{error.filename or 'this machine'}: {error.strerror or error}", _OS_HINT))
+    if not _tell([json.dumps(document, indent=1)] if options.json else lines):
         return Exit.FAILED
-    if options.json:
-        print(json.dumps(document, indent=1))
-    else:
+    return Exit.FAILED if document.get("problems") else Exit.DONE
+
+
+def _tell(lines: list[str]) -> bool:
+    """Prints to standard output; False if not all of it could be, as of a reader that has seen enough."""
+    try:
         for line in lines:
             print(line)
-    return Exit.FAILED if document.get("problems") else Exit.DONE
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        _leave_stdout()
+        if not isinstance(error, BrokenPipeError):
+            write_aside(f"error: standard output: {error.strerror}\n")
+        return False
+    return True
+
+
+def _leave_stdout() -> None:
+    """Or Python would try once more when it ends, and complain."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _fail(options: argparse.Namespace, error: BakeError | Interrupted) -> int:
     if options.json:
-        print(json.dumps({"error": str(error), "hint": error.hint, "exit": int(error.exit)}))
-    print(f"error: {error}", file=sys.stderr)
-    if error.hint:
-        print(f"  {error.hint}", file=sys.stderr)
-    if error.log is not None:
-        print(f"  the full log: {error.log}", file=sys.stderr)
+        _tell([json.dumps({"error": str(error), "hint": error.hint, "exit": int(error.exit)})])
+    more = [error.hint] if error.hint else []
+    more += [] if error.log is None else [f"the full log: {error.log}"]
+    write_aside("\n  ".join([f"error: {error}", *more]) + "\n")
     return int(error.exit)
+
+
+def _handle_signals(handler: Callable[[int, object], None]) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it; without, the terminal is gone
+        signal.signal(signal.SIGHUP, handler)
 
 
 def _interrupt(number: int, frame: object) -> None:
@@ -79,12 +103,12 @@ def _interrupt(number: int, frame: object) -> None:
     def leave(number: int, frame: object) -> None:
         if time.monotonic() - begin_s < _SAME_SIGNAL_S:
             return
-        os.write(2, b"left as it is; the next build, or bake.py sweep, clears it away\n")
         kill_running()
+        with suppress(OSError):  # the terminal may be gone
+            os.write(2, b"left as it is; the next build, or bake.py sweep, clears it away\n")
         os._exit(int(Exit.INTERRUPTED))
 
-    signal.signal(signal.SIGINT, leave)
-    signal.signal(signal.SIGTERM, leave)
+    _handle_signals(leave)
     raise Interrupted(f"interrupted by {signal.Signals(number).name}", "the next build goes on from what is whole")
 
 

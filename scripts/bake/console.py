@@ -4,7 +4,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import median
 
@@ -20,7 +20,7 @@ class Console:
     def __init__(self, state: Path, kind: str):
         """``kind`` is what makes times comparable: the cloud and the model."""
         self._path, self._kind = state / "times.json", kind
-        self._live = sys.stderr.isatty()
+        self._live = sys.stderr is not None and sys.stderr.isatty()
         self._phase: tuple[str, float, float | None] | None = None
         self._drawn_s = 0.0
         self.times_s: dict[str, float] = {}
@@ -62,8 +62,7 @@ class Console:
         self._drawn_s = now_s
         of = f" of about {expected_s:.0f}" if expected_s else ""
         line = f"{name} {now_s - begin_s:.0f}{of} s  {text}"[:_WIDTH]
-        sys.stderr.write(f"\r\x1b[K{line}")
-        sys.stderr.flush()
+        write_aside(f"\r\x1b[K{line}")
 
     def say(self, text: str) -> None:
         """A line that stays."""
@@ -73,10 +72,10 @@ class Console:
 
     def _clear(self) -> None:
         if self._live:
-            sys.stderr.write("\r\x1b[K")
+            write_aside("\r\x1b[K")
 
     def _print(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        write_aside(f"{text}\n")
 
     def _expected_s(self, name: str) -> float | None:
         earlier = (read_json(self._path) or {}).get(self._kind, {}).get(name)
@@ -91,6 +90,14 @@ class Console:
             write_json(self._path, kept)
         except OSError as error:  # the times are a comfort, no more
             logging.info("times cannot be kept: %s", error)
+
+
+def write_aside(text: str) -> None:
+    """To standard error; a terminal or a reader that is gone keeps no run from ending well, for the log has all."""
+    with suppress(OSError, ValueError):
+        if sys.stderr is not None:
+            sys.stderr.write(text)
+            sys.stderr.flush()
 
 
 class _Redacted(logging.Formatter):
@@ -109,6 +116,7 @@ def log_to(path: Path, secret: str) -> None:
     """From here on the log goes to this file, without ``secret``. Raises OSError."""
     handler = logging.FileHandler(path)
     handler.setFormatter(_Redacted(secret))
+    logging.raiseExceptions = False  # no traceback for each line that a full disk does not take
     root = logging.getLogger()
     root.setLevel(logging.INFO)
     for old in list(root.handlers):

@@ -1,6 +1,11 @@
 """The command line: wrong words, refusals and results, each with its exit code."""
 
+import errno
+import io
 import json
+import os
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +14,7 @@ import pytest
 from scripts.bake import command
 from scripts.bake.cloud import Access, Cloud
 from scripts.bake.command import main
+from scripts.bake.console import Console
 from scripts.bake.errors import Exit
 from scripts.bake.housekeeping import plan_pruning, prune
 from scripts.bake.snapshots import Snapshot, holders
@@ -167,3 +173,63 @@ def test_pins_of_this_tree(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     kinds = {pin["kind"] for pin in told["pins"]}
     assert kinds == {"base", "container", "model", "python"}
     assert all(pin["fixed_by"] for pin in told["pins"])
+
+
+class _Gone(io.StringIO):
+    """A terminal or a reader that is no more; a disk without room."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self._number = number
+
+    def write(self, text: str) -> int:
+        raise OSError(self._number, os.strerror(self._number))
+
+
+def test_a_reader_that_has_seen_enough_is_no_traceback(bake: Bake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of ``list | head -1``; a full disk is told."""
+    left: list[bool] = []
+    monkeypatch.setattr(command, "_leave_stdout", lambda: left.append(True))
+    for number, told in ((errno.EPIPE, ""), (errno.ENOSPC, "error: standard output: No space left on device\n")):
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "stdout", _Gone(number))
+            assert main(["list"]) == Exit.FAILED
+        assert bake("list")[2] == told
+    assert left == [True, True]
+
+
+def test_a_terminal_that_is_gone_keeps_nothing_from_ending_well(
+    bake: Bake, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a run would not come to taking back what it has made."""
+    for stream in (None, _Gone(errno.EIO), _Gone(errno.EPIPE)):
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "stderr", stream)
+            with Console(state, "test").phase("layer"):
+                pass
+            assert main(["show", "1", "--json"]) == Exit.REFUSED
+    assert bake("list")[1].count("there is no report") == 3  # each of them as JSON, and nothing else
+
+
+def test_a_full_disk_is_told_in_a_line(bake: Bake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever it is met."""
+
+    def fill() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/var/lib/state")
+
+    monkeypatch.setattr(command, "state_folder", fill)
+    code, _, err = bake("cost")
+    assert (code, err.splitlines()[0]) == (Exit.FAILED, "error: /var/lib/state: No space left on device")
+
+
+@pytest.mark.parametrize("ignored", [True, False])
+def test_a_hangup_takes_back_what_was_made_unless_it_is_to_be_ignored(
+    bake: Bake, monkeypatch: pytest.MonkeyPatch, ignored: bool
+) -> None:
+    """An SSH connection that broke is as good as Ctrl-C; nohup is there to say otherwise."""
+    handled: dict[int, object] = {}
+    before = signal.SIG_IGN if ignored else signal.SIG_DFL
+    monkeypatch.setattr(command.signal, "signal", handled.__setitem__)
+    monkeypatch.setattr(command.signal, "getsignal", lambda number: handled.get(number, before))
+    bake("list")
+    assert (signal.SIGHUP in handled) is not ignored
