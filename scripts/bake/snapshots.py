@@ -166,7 +166,8 @@ def keep_reasons(
         keep(each, f"one of the newest {newest}")
     wanted = set(wanted_inputs)
     kept = [each for each in every if each.id in reasons]
-    layers = sorted((each for each in every if not each.is_image), key=_age)
+    # One that is not finished may still fail, and is no reason for its elder twin to go.
+    layers = sorted((each for each in every if not each.is_image and each.is_finished), key=_age)
     newest_of: set[tuple[str, str]] = set()
     for each in layers:
         if each.input in wanted:

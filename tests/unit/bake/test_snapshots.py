@@ -80,6 +80,15 @@ def test_the_newest_layer_of_a_model_stays_for_another_tree() -> None:
     assert set(keep_reasons(snapshots, [], 3, [])) == {2, 3}
 
 
+def test_a_layer_that_is_not_finished_does_not_take_the_place_of_a_whole_one() -> None:
+    """A bake that works on it, as with --again, may fail, and there would be none to start from."""
+    old, again = make(1, "stack", input="wanted"), make(2, "stack", input="wanted", deadline_s=5)
+    creating = make(3, "stack", input="wanted", status="creating")
+    reasons = keep_reasons([old, again, creating], [], 3, ["wanted"])
+    assert reasons[1] == "the next bake starts from it"
+    assert set(reasons) == {1, 2, 3}
+
+
 @pytest.mark.parametrize("name", ["stable", "beta-2", "x"])
 def test_channel_names(name: str) -> None:
     """Words that can be labels beside bake's own."""
