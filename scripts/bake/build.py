@@ -46,7 +46,7 @@ from scripts.bake.probe import Probe, make_facts, make_public_key
 from scripts.bake.relay import Relay
 from scripts.bake.report import keep_report, make_report
 from scripts.bake.runs import Run, is_over, new_run, stop_orphans
-from scripts.bake.snapshots import LAYERS, Snapshot, format_time
+from scripts.bake.snapshots import LAYERS, Snapshot, format_time, shorten
 
 _log = logging.getLogger(__name__)
 _TRIES = 4  # of a layer whose bake failed in passing, for each call at which it did
@@ -343,7 +343,7 @@ def _variables(bake: _Bake, first: str, last: str, start: Snapshot | None, place
         "parent": str(start.id) if start else str(tree.pins["base_image"]),
         "input": tree.digests[last],
         "model": tree.model.name,
-        "commit": tree.commit,
+        "commit": shorten(tree.commit),  # of SHA-256 it has 64 characters, one more than a label
         **({"dirty": "true"} if tree.dirty else {}),
     }
     files = {

@@ -163,7 +163,13 @@ def _digest_layers(folder: Path, pins: Mapping[str, Any], model: Model, version:
 def _read_files(folder: Path, names: Iterable[str]) -> Iterable[tuple[str, bytes]]:
     for name in names:
         path = folder / name
-        found = [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file()]
+        every = [path, *path.rglob("*")]
+        if linked := next((each for each in every if each.is_symlink() and each.is_dir()), None):
+            raise Refused(
+                f"{linked} is a link to a folder: what is in it would be baked, but be in no digest",
+                "put the folder itself there",
+            )
+        found = [each for each in every if each.is_file()]
         if not found:
             raise Refused(f"{path} is missing", "look after the checkout: git status")
         for each in sorted(found):
@@ -174,19 +180,23 @@ def _read_files(folder: Path, names: Iterable[str]) -> Iterable[tuple[str, bytes
 
 
 def _ask_git(folder: Path) -> tuple[str, list[str]]:
-    """The commit, and what differs from it in what a bake takes; without git or a repository the commit is ``none``."""
+    """The commit, and what differs from it in what a bake takes; without git or a repository the commit is ``none``.
+
+    What git is told to ignore is uploaded as well, and so is what somebody's settings hide. Raises Refused.
+    """
+    status = ["status", "--porcelain", "--ignored", "--untracked-files=all", "--", "image", "service", "cloud-init"]
     try:
-        commit = subprocess.run(
-            ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=30
-        )
-        if commit.returncode:
+        commit = _git(folder, "rev-parse", "HEAD")
+        if commit.returncode and not (folder / ".git").exists():
             return "none", []
-        status = subprocess.run(
-            ["git", "-C", str(folder), "status", "--porcelain", "--", "image", "service", "cloud-init"],
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+        told = commit if commit.returncode else _git(folder, *status)
     except (OSError, subprocess.TimeoutExpired):
         return "none", []
-    return commit.stdout.strip(), [line[3:] for line in status.stdout.splitlines()]
+    if told.returncode:
+        why = next(iter(told.stderr.splitlines()), "it does not say why")
+        raise Refused(f"git does not tell what {folder} holds: {why}", f"look at it: git -C {folder} status")
+    return commit.stdout.strip(), [line[3:] for line in told.stdout.splitlines() if "__pycache__/" not in line]
+
+
+def _git(folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=60)

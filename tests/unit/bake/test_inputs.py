@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -147,3 +149,50 @@ def test_needs_follow_the_model(tree: Path) -> None:
     own = inputs.Model("own", "x", 4_000_000_000, 7, file)
     assert own.disk_gb == 16
     assert not own.is_starter
+
+
+@pytest.mark.parametrize(
+    ("head", "status", "said"),
+    [
+        ((0, "c0ffee\n", ""), (0, "", ""), ("c0ffee", [])),
+        (
+            (0, "c0ffee\n", ""),
+            (0, "?? service/x\n M service/a b.py\n!! service/notes.txt\n!! service/__pycache__/x.pyc\n", ""),
+            ("c0ffee", ["service/x", "service/a b.py", "service/notes.txt"]),
+        ),
+        ((128, "", "fatal: detected dubious ownership\n"), None, "dubious ownership"),
+        ((0, "c0ffee\n", ""), (128, "", "fatal: index file corrupt\n"), "index file corrupt"),
+    ],
+)
+def test_what_git_says_of_the_tree(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    head: tuple[int, str, str],
+    status: tuple[int, str, str] | None,
+    said: Any,
+) -> None:
+    """A tree is clean only if git says so, of all that is uploaded, whatever somebody has set."""
+
+    def run(command: list[str], **more: Any) -> "subprocess.CompletedProcess[str]":
+        told = head if "rev-parse" in command else status
+        assert told is not None
+        assert "rev-parse" in command or {"--ignored", "--untracked-files=all"} <= set(command)
+        return subprocess.CompletedProcess(command, *told)
+
+    monkeypatch.setattr(inputs.subprocess, "run", run)
+    (tmp_path / ".git").mkdir()
+    if isinstance(said, str):
+        with pytest.raises(Refused, match=said):
+            inputs._ask_git(tmp_path)
+    else:
+        assert inputs._ask_git(tmp_path) == said
+    if head[0]:
+        (tmp_path / ".git").rmdir()
+        assert inputs._ask_git(tmp_path) == ("none", [])
+
+
+def test_a_link_to_a_folder_is_refused(tree: Path) -> None:
+    """Packer uploads what is behind it, and its changes would reach no digest."""
+    (tree / "service/more").symlink_to(tree / "cloud-init")
+    with pytest.raises(Refused, match="service/more is a link to a folder"):
+        digests(tree)
