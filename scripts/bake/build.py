@@ -414,7 +414,7 @@ def prove_image(
 def verify(number: int, wishes: Wishes, cloud: Cloud, state: Path, console: Console) -> tuple[Snapshot, Proof, Path]:
     """Proves an image that is there, and labels it verified if it is not yet. Raises BakeError."""
     image = require_image(cloud, number)
-    tree = read_tree(wishes.tree, image.model or wishes.model, None, wishes.pins_file, "", state)
+    tree = read_tree(wishes.tree, image.model or wishes.model, wishes.model_file, wishes.pins_file, "", state)
     with started_run(cloud, state, console) as run:
         with console.phase("preflight"):
             places = find_places(cloud.server_types(), tree, list(wishes.locations), "", wishes.node_type)

@@ -139,7 +139,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
     )
     baking.add_argument("--model", default="starter", help="a name of service/models.json, or starter (default)")
     baking.add_argument(
-        "--model-file", type=Path, metavar="FILE", help="a GGUF file of your own, under the name --model"
+        "--model-file", type=_file, metavar="FILE", help="a GGUF file of your own, under the name --model"
     )
     baking.add_argument("--version", type=_label, help="what to call the image; without it date and digest")
     baking.add_argument("--promote", action="store_true", help="then make it the image of the channel")
@@ -157,6 +157,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
         "verify", _verify, "boot an image and check it, and label it verified if it is", "bake.py verify 123"
     )
     proving.add_argument("image", type=int, metavar="ID")
+    proving.add_argument("--model-file", type=_file, metavar="FILE", help="the GGUF file of your own that it serves")
     for each in (baking, proving):
         each.add_argument("--node-type", default="", help="that nodes will have, for the proof; the cheapest that fits")
         each.add_argument(
@@ -290,7 +291,9 @@ def _build(options: argparse.Namespace) -> _Told:
 
 def _verify(options: argparse.Namespace) -> _Told:
     cloud, state = _open(options)
-    wishes = Wishes(options.tree, locations=options.location, node_type=options.node_type)
+    wishes = Wishes(
+        options.tree, model_file=options.model_file, locations=options.location, node_type=options.node_type
+    )
     image, proof, report = verify(options.image, wishes, cloud, state, _console(cloud.access, state, "verify"))
     if proof.problems:
         raise ChecksFailed(

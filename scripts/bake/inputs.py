@@ -37,6 +37,9 @@ _FILES = {
         *("image/provision/write_settings.py", "image/rootfs", "service", "cloud-init/facts.schema.json"),
     ),
 }
+# As image/variables.pkr.hcl has them; a label's value ends with a letter or digit.
+_MODEL_NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?")
+_MODEL_PATH = re.compile(r"[A-Za-z0-9/._-]+[.]gguf")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
@@ -110,6 +113,7 @@ def read_pins(path: Path) -> dict[str, Any]:
 
 def _find_model(folder: Path, name: str, file: Path | None, state: Path) -> Model:
     if file is not None:
+        _check_own_model(name, file.resolve())
         try:
             size = file.stat().st_size
             digest = _digest_once(file, state)
@@ -127,6 +131,20 @@ def _find_model(folder: Path, name: str, file: Path | None, state: Path) -> Mode
             return Model(name, entry.get("sha256") or f"md5-{entry['md5']}", entry["size_bytes"], entry["ram_gb"])
     known = ", ".join([_STARTER, *(entry["name"] for entry in catalogue if "unloadable" not in entry)])
     raise Refused(f"{name} is no model of the catalogue", f"known are {known}; a file of your own: --model-file PATH")
+
+
+def _check_own_model(name: str, path: Path) -> None:
+    """What Packer's template would refuse as well, but only after a key was made. Raises Refused."""
+    if name == _STARTER:
+        raise Refused(f"{path} is not the starter", "give it a name of its own: --model NAME")
+    if not _MODEL_NAME.fullmatch(name):
+        raise Refused(
+            f"a model cannot be called {name!r}", "1 to 63 small letters, digits, dots or dashes: it is a label"
+        )
+    if not _MODEL_PATH.fullmatch(str(path)):
+        raise Refused(
+            f"{path} cannot be baked under this name", "its path may have letters, digits, ._- and ends with .gguf"
+        )
 
 
 def _digest_once(file: Path, state: Path) -> str:

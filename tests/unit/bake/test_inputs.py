@@ -100,6 +100,24 @@ def test_a_file_of_ones_own_counts_by_its_content(tree: Path) -> None:
         read_tree(tree, "own", tree / "none.gguf", None, "", tree)
 
 
+@pytest.mark.parametrize(
+    ("name", "file", "problem"),
+    [
+        ("starter", "own.gguf", "is not the starter"),
+        ("Own", "own.gguf", "cannot be called 'Own'"),
+        ("own-", "own.gguf", "cannot be called"),
+        ("o" * 64, "own.gguf", "cannot be called"),
+        ("own", "my own.gguf", "cannot be baked under this name"),
+        ("own", "own.bin", "cannot be baked under this name"),
+    ],
+)
+def test_a_file_of_ones_own_that_packer_would_refuse(tree: Path, name: str, file: str, problem: str) -> None:
+    """Before anything is made, and in one line."""
+    (tree / file).write_bytes(b"GGUF")
+    with pytest.raises(Refused, match=problem):
+        read_tree(tree, name, tree / file, None, "", tree)
+
+
 def test_what_cannot_be_baked_is_refused(tree: Path) -> None:
     """With what there is instead."""
     with pytest.raises(Refused, match="no model of the catalogue") as told:
