@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from scripts.bake.errors import Refused
-from scripts.bake.runs import Run, note_packer
+from scripts.bake.errors import LayerFailed, Refused
+from scripts.bake.runs import LONGEST_RUN_S, Run, note_packer
 
 _log = logging.getLogger(__name__)
 _running: list[int] = []  # process groups, for who leaves without waiting
@@ -109,10 +109,10 @@ def build(
             )
         except OSError as error:
             raise Refused(f"packer cannot be started: {error.strerror}", _HINT) from error
-    _running.append(process.pid)
-    note_packer(run, process.pid)
     said: list[str] = []
     try:
+        _running.append(process.pid)
+        note_packer(run, process.pid)
         with output.open("rb") as file:
             rest = b""
             while True:
@@ -120,10 +120,16 @@ def build(
                 rest = _read_lines(rest + file.read(), lambda line: _say(line, said, show))
                 if over:
                     break
+                if time.time() > run.deadline_s:  # from here on other machines take what it made for left over
+                    raise LayerFailed(
+                        f"Packer is not done by the run's deadline, {LONGEST_RUN_S // 3600} hours after its begin",
+                        "look at what it last said",
+                    )
                 time.sleep(_LOOK_S)
     finally:
         _end(process)
-        _running.remove(process.pid)
+        with contextlib.suppress(ValueError):  # interrupted before it was noted
+            _running.remove(process.pid)
         (run.folder / "packer.json").unlink(missing_ok=True)
     if process.returncode:
         statuses = [match[1] for line in said if (match := _SCRIPT_STATUS.search(line))]
