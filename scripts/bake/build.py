@@ -343,6 +343,7 @@ def _variables(bake: _Bake, first: str, last: str, start: Snapshot | None, place
         "parent": str(start.id) if start else str(tree.pins["base_image"]),
         "input": tree.digests[last],
         "model": tree.model.name,
+        "model-digest": shorten(tree.model.digest),
         "commit": shorten(tree.commit),  # of SHA-256 it has 64 characters, one more than a label
         **({"dirty": "true"} if tree.dirty else {}),
     }

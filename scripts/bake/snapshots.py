@@ -11,7 +11,7 @@ SELECTOR = f"product={PRODUCT}"
 LAYERS = ("model", "base", "stack", "service")  # from the rarest to change to the most frequent
 DEFAULT_CHANNEL = "stable"
 _OWN_LABELS = (
-    *("product", "layer", "version", "parent", "input", "model", "model-sha256", "commit", "dirty", "run"),
+    *("product", "layer", "version", "parent", "input", "model", "model-digest", "commit", "dirty", "run"),
     *("deadline", "verified-at", "withdrawn"),
 )
 _TIME = "%Y%m%dT%H%M%SZ"  # a label's value has no colons

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.image.bakery import LONG_TOKEN, Bakery, git, running_bakery
+from tests.image.harness import ROOT
 from tests.programs import ProgramMissing
 
 
@@ -65,6 +66,10 @@ def test_from_nothing_to_promoted(bakery: Bakery, first: dict[str, Any]) -> None
     told = bakery.tell("list")
     assert [each["layer"] for each in told["images"]] == ["stack", "service"]
     assert image["parent"] == str(told["images"][0]["id"])
+    starter = json.loads((ROOT / "service/starter/starter.json").read_text())["sha256"]
+    labels = bakery.cloud.client().images.get_by_id(image["id"]).labels
+    assert starter.startswith(labels["model-digest"])
+    assert len(labels["model-digest"]) == 40
     assert (
         image["commit"] == subprocess.check_output(["git", "-C", bakery.tree, "rev-parse", "HEAD"], text=True).strip()
     )
