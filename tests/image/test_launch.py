@@ -205,6 +205,46 @@ def test_from_nothing(launched: Deployment) -> None:
         assert secret not in said
 
 
+def test_drift_is_told(launched: Deployment) -> None:
+    """Nothing at first but that no channel names the image; then what somebody did behind Terraform's back."""
+    client, image = launched.cloud.client(), launched.values["image_id"]
+    command = [
+        sys.executable,
+        str(ROOT / "scripts/drift.py"),
+        "--folder",
+        str(launched.folder),
+        "--deployment",
+        "launch",
+    ]
+    token = {"HCLOUD_TOKEN": "local".ljust(64, "0")}
+
+    def look() -> tuple[int, list[dict[str, str]]]:
+        done = subprocess.run(
+            [*command, "--program", launched.program, "--json", "--price", "0.0088"],
+            env={**launched.cloud.environment, **token},
+            capture_output=True,
+            text=True,
+            timeout=_APPLY_TIMEOUT_S,
+        )
+        assert done.returncode in (0, 1), done.stderr
+        return done.returncode, json.loads(done.stdout)["drift"]
+
+    assert look() == (1, [{"what": "image", "told": "nobody holds the channel stable"}])
+    snapshot = client.images.get_by_id(image)
+    kept = snapshot.labels
+    snapshot.update(labels={**kept, "stable": "1", "verified-at": "20261126T120000Z"})
+    (launched.folder / "image.auto.tfvars.json").write_text(json.dumps({"image_id": image}))
+    try:
+        assert look() == (0, [])
+        client.firewalls.get_by_name("launch").set_rules([])
+        assert look() == (1, [{"what": "plan", "told": "hcloud_firewall.node: update"}])
+        launched.apply()
+        assert look() == (0, [])
+    finally:
+        client.images.get_by_id(image).update(labels=kept)
+        (launched.folder / "image.auto.tfvars.json").unlink()
+
+
 def test_other_keys_are_another_node(launched: Deployment) -> None:
     """Which proves itself before the addresses move: every new connection is answered, then one node is left."""
     before = launched.outputs()
