@@ -137,8 +137,7 @@ def started_run(cloud: Cloud, state: Path, console: Console) -> Iterator[Run]:
                 console.say(describe(problems))
             raise
         else:
-            if problems := take_back(cloud, run):
-                console.say(describe(problems))
+            console.left = take_back(cloud, run)
 
 
 def _find_finished(snapshots: list[Snapshot], tree: Tree, layer: str) -> Snapshot | None:

@@ -18,6 +18,7 @@ from scripts.bake.console import Console, write_aside
 from scripts.bake.errors import BakeError, ChecksFailed, Exit, Interrupted, Refused
 from scripts.bake.housekeeping import NEWEST_KEPT, cost, plan_pruning, prune
 from scripts.bake.inputs import read_pins, read_tree
+from scripts.bake.leftovers import describe as describe_left
 from scripts.bake.leftovers import find_leftovers, remove
 from scripts.bake.packer import kill_running
 from scripts.bake.pins import find_pins, look_up
@@ -34,7 +35,7 @@ The token comes from HCLOUD_TOKEN or the active context of the hcloud command; H
 (`make cloud` prints both lines). What runs leave on this machine lies in MINI_LLM_STATE_DIR, by default
 ~/.local/state/mini-llm/bake."""
 _CODES = """exit codes: 0 done; 1 a layer could not be baked, or the image failed its checks; 2 wrong usage; 3 refused
-before anything was made; 4 the cloud said no or cannot be reached; 130 interrupted"""
+before anything was made; 4 the cloud said no, cannot be reached, or keeps what should be gone; 130 interrupted"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -56,6 +57,9 @@ def main(words: list[str]) -> int:
         return _fail(options, BakeError(f"{error.filename or 'this machine'}: {error.strerror or error}", _OS_HINT))
     if not _tell([json.dumps(document, indent=1)] if options.json else lines):
         return Exit.FAILED
+    if left := document.get("left"):
+        print(f"error: {describe_left(left)}", file=sys.stderr)
+        return Exit.CLOUD
     return Exit.FAILED if document.get("problems") else Exit.DONE
 
 
@@ -278,6 +282,7 @@ def _build(options: argparse.Namespace) -> _Told:
         "times_s": baked.times_s,
         "report": None if baked.report is None else str(baked.report),
         "log": None if baked.log is None else str(baked.log),
+        "left": console.left,
     }
     lines = [f"log {baked.log}", f"report {baked.report}"] if baked.log else []
     if options.promote:
@@ -294,13 +299,15 @@ def _verify(options: argparse.Namespace) -> _Told:
     wishes = Wishes(
         options.tree, model_file=options.model_file, locations=options.location, node_type=options.node_type
     )
-    image, proof, report = verify(options.image, wishes, cloud, state, _console(cloud.access, state, "verify"))
+    console = _console(cloud.access, state, "verify")
+    image, proof, report = verify(options.image, wishes, cloud, state, console)
     if proof.problems:
         raise ChecksFailed(
             f"image {image.id} is not what it should be: {'; '.join(proof.problems)}",
             f"what the node said is in {report}",
         )
-    document = {"image": describe(image), "checks": [each.name for each in proof.checks], "report": str(report)}
+    checks = [each.name for each in proof.checks]
+    document = {"image": describe(image), "checks": checks, "report": str(report), "left": console.left}
     return document, [f"image {image.id} is verified: {len(proof.checks)} checks passed", f"report {report}"]
 
 

@@ -24,6 +24,7 @@ class Console:
         self._phase: tuple[str, float, float | None] | None = None
         self._drawn_s = 0.0
         self.times_s: dict[str, float] = {}
+        self.left: list[str] = []  # what a run that went well could not take back
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

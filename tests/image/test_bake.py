@@ -43,16 +43,25 @@ def first(bakery: Bakery) -> dict[str, Any]:
 
 
 def _who_holds(secret: str, bake: int) -> set[str]:
-    """Processes that have the secret in their words, or in their environment, but for the bake and this test itself."""
-    found = set()
+    """Processes below the bake that have the secret in words or environment; the bake itself has it in the latter."""
+    parents = {}
     for folder in Path("/proc").glob("[0-9]*"):
-        for name in ("cmdline", "environ"):
+        try:
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue  # it ended meanwhile
+    found = set()
+    for process in parents:
+        line = [process]
+        while line[-1] in parents:
+            line.append(parents[line[-1]])
+        for name in ("cmdline", "environ") if bake in line else ():
             try:
-                holds = secret.encode() in (folder / name).read_bytes()
+                holds = secret.encode() in Path(f"/proc/{process}/{name}").read_bytes()
+                if holds and (name, process) != ("environ", bake):
+                    found.add(f"{name} of {Path(f'/proc/{process}/comm').read_text().strip()}")
             except OSError:
-                continue  # it ended meanwhile
-            if holds and not (name == "environ" and int(folder.name) in (bake, os.getpid())):
-                found.add(f"{name} of {(folder / 'comm').read_text().strip()}")
+                continue
     return found
 
 
