@@ -176,6 +176,10 @@ def test_the_files_are_formatted_and_valid(program: str, tmp_path: Path, cloud: 
     with deployment(tmp_path, cloud, program, Path("/dev/null"), image_id=1, acme={"email": "a@example.org"}) as made:
         code, said = made.run("validate")
         assert code == 0, said
+        for example in (ROOT / "terraform" / "examples").glob("*.tfvars"):
+            code, said = made.run("plan", "-input=false", f"-var-file={example}")
+            assert code == 0, said
+            assert '"https://llm.example.org"' in said
         for values, message in (
             ({"domain": "LLM"}, "The domain must be a name"),
             ({"api_keys": []}, "There must be at least one of the api_keys"),
