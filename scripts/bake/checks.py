@@ -83,7 +83,7 @@ def prove(
             problem = None
         except Wrong as wrong:
             problem = str(wrong)
-        except (requests.RequestException, ValueError, KeyError, TypeError) as error:
+        except (requests.RequestException, ValueError, LookupError, TypeError, AttributeError) as error:
             problem = f"the node's answer makes no sense: {type(error).__name__}: {error}"[:300]
         checks.append(Checked(name, problem, round(time.monotonic() - begin_s, 2)))
         return problem is None
@@ -101,7 +101,7 @@ def prove(
             run("metrics", lambda: _check_metrics(probe))
             run("alerts", lambda: _check_alerts(probe))
             run("ports", lambda: _check_ports(scan.result()))
-        run("node", lambda: told.update(node=probe.see("/node")))
+        run("node", lambda: told.update(node=_see_node(probe)))
         run("audit", lambda: _check_audit(told.get("node")))
         run("units", lambda: _check_units(told.get("node")))
     return Proof(checks, told.get("version"), told.get("node"))
@@ -182,20 +182,28 @@ def _check_metrics(probe: Probe) -> None:
         down = sorted(each["labels"]["job"] for each in targets if each["health"] != "up")
         if down or not targets:
             return f"not scraped: {', '.join(down) or 'nothing at all'}"
-        found = probe.see("/prometheus/api/v1/query", query="sum(llm_tokens_generated_total) > 0")["data"]["result"]
-        return None if found else "the tokens that were generated are not counted"
+        counted = _query(probe, "sum(llm_tokens_generated_total) > 0")
+        return None if counted else "the tokens that were generated are not counted"
 
     _wait_for(look)
 
 
 def _check_alerts(probe: Probe) -> None:
+    """There are rules, and nothing fires by them."""
+
     def look() -> str | None:
+        if not _query(probe, "sum(prometheus_rule_group_rules) > 0"):
+            return "there is no rule that could fire"
         alerts = probe.see("/prometheus/api/v1/alerts")["data"]["alerts"]
         names = {each["labels"]["alertname"] for each in alerts if each["state"] == "firing"}
         names |= {each["labels"]["alertname"] for each in probe.see("/alertmanager/api/v2/alerts")}
         return f"alerts: {', '.join(sorted(names))}" if names else None
 
     _wait_for(look)
+
+
+def _query(probe: Probe, expression: str) -> Any:
+    return probe.see("/prometheus/api/v1/query", query=expression)["data"]["result"]
 
 
 def _wait_for(look: Callable[[], str | None]) -> None:
@@ -233,6 +241,13 @@ def _check_ports(found: list[int]) -> None:
         raise Wrong(f"open to everybody: {', '.join(map(str, extra))}")
     if missing := sorted({80, 443} - set(found)):
         raise Wrong(f"closed: {', '.join(map(str, missing))}")
+
+
+def _see_node(probe: Probe) -> dict[str, Any]:
+    told = probe.see("/node")
+    if not isinstance(told, dict):
+        raise Wrong(f"the node's report is none: {str(told)[:80]!r}")
+    return told
 
 
 def _check_audit(node: Any) -> None:
