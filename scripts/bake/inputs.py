@@ -96,13 +96,16 @@ def read_pins(path: Path) -> dict[str, Any]:
         pins = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise Refused(f"{path} cannot be read: {error}") from error
+    pins = pins if isinstance(pins, dict) else {}
+    images = pins["images"] if isinstance(pins.get("images"), dict) else {}
     wrong = [] if isinstance(pins.get("base_image"), str) else ["base_image is missing"]
-    for name, pin in (pins.get("images") or {}).items():
+    for name, told in images.items():
+        pin = told if isinstance(told, dict) else {}
         if not _DIGEST.fullmatch(str(pin.get("digest"))):
             wrong.append(f"{name}: its digest is not sha256: and 64 hexadecimal digits")
         if not pin.get("image") or str(pin.get("version")) in ("", "None", "latest"):
             wrong.append(f"{name}: image and version must be told, and latest is no version")
-    if not pins.get("images"):
+    if not images:
         wrong.append("images are missing")
     if wrong:
         raise Refused(

@@ -119,5 +119,7 @@ def _get_manifest(session: requests.Session, url: str) -> requests.Response:
         told["realm"], params={name: told[name] for name in ("service", "scope") if name in told}, timeout=_TIMEOUT_S
     )
     token.raise_for_status()
-    session.headers["Authorization"] = f"Bearer {token.json()['token']}"
+    told = token.json()
+    # Either may be there (https://distribution.github.io/distribution/spec/auth/token/).
+    session.headers["Authorization"] = f"Bearer {told.get('token') or told.get('access_token')}"
     return session.get(url, timeout=_TIMEOUT_S)

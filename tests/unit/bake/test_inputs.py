@@ -152,6 +152,15 @@ def test_pins_must_be_whole(tree: Path, damage: dict[str, str], problem: str) ->
         read_pins(path)
 
 
+@pytest.mark.parametrize("told", ["[]", '{"images": []}', '{"images": {"traefik": "3"}}', '"x"'])
+def test_pins_of_another_shape_are_refused(tmp_path: Path, told: str) -> None:
+    """As somebody writes them by hand, for registries of their own."""
+    path = tmp_path / "pins.json"
+    path.write_text(told)
+    with pytest.raises(Refused, match="base_image is missing"):
+        read_pins(path)
+
+
 def test_this_trees_pins_are_whole() -> None:
     """As they are committed."""
     assert set(read_pins(ROOT / "image/pins.json")["images"]) >= {"traefik", "prometheus", "alertmanager", "grafana"}
