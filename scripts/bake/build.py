@@ -154,11 +154,7 @@ def _prepare(wishes: Wishes, tree: Tree, cloud: Cloud, state: Path, console: Con
     stop_orphans(state)
     places = find_places(cloud.server_types(), tree, list(wishes.locations), wishes.server_type, wishes.node_type)
     snapshots = cloud.snapshots()
-    version = wishes.version or f"{datetime.now(UTC):%Y%m%d-%H%M}-{tree.digests[LAYERS[-1]][:8]}"
-    if taken := next(
-        (each for each in snapshots if each.version == version and each.is_image and each.is_finished), None
-    ):
-        raise Refused(f"image {taken.id} is called {version} already", "give another --version, or none")
+    version = _find_version(wishes, tree, snapshots)
     leftovers = find_leftovers(cloud, state, () if wishes.again else tuple(tree.digests.values()))
     for line in leftovers.lines():
         console.say(f"left by a dead run, removed: {line}")
@@ -178,6 +174,18 @@ def _prepare(wishes: Wishes, tree: Tree, cloud: Cloud, state: Path, console: Con
         f"; about {price['once_eur']:.2f} euros for this bake, {price['monthly_eur']:.2f} a month for the snapshot"
     )
     return bake
+
+
+def _find_version(wishes: Wishes, tree: Tree, snapshots: list[Snapshot]) -> str:
+    """The one that was asked for, if it is free. Raises Refused. Otherwise date and digest, with seconds if need be."""
+    taken = {each.version: each.id for each in snapshots if each.is_image and each.is_finished}
+    if wishes.version in taken:
+        raise Refused(
+            f"image {taken[wishes.version]} is called {wishes.version} already", "give another --version, or none"
+        )
+    now, digest = datetime.now(UTC), tree.digests[LAYERS[-1]][:8]
+    version = f"{now:%Y%m%d-%H%M}-{digest}"
+    return wishes.version or (version if version not in taken else f"{now:%Y%m%d-%H%M%S}-{digest}")
 
 
 def _between(first: str, last: str) -> tuple[str, ...]:

@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 
 from scripts.bake import build as build_module
-from scripts.bake.build import Wishes, _Bake, _bake
+from scripts.bake.build import Wishes, _Bake, _bake, _find_version
 from scripts.bake.checks import Checked, Proof
 from scripts.bake.cloud import Cloud
 from scripts.bake.console import Console
-from scripts.bake.errors import ChecksFailed
+from scripts.bake.errors import ChecksFailed, Refused
 from scripts.bake.inputs import Model, Tree
 from scripts.bake.preflight import Places
 from scripts.bake.runs import new_run
-from scripts.bake.snapshots import Snapshot
+from scripts.bake.snapshots import LAYERS, Snapshot
 
 Prove = Callable[[Snapshot], Proof]
 FAILED = Proof([Checked("alerts", "alerts: InstanceDown", 0.1)], None, None)
@@ -58,3 +58,15 @@ def test_a_candidate_that_somebody_promoted_meanwhile_stays(
         return FAILED
 
     assert cloud.snapshot(bake_candidate(prove).id) is not None
+
+
+def test_a_version_that_nobody_asked_for_is_free(make_snapshot: Callable[..., Snapshot], state: Path) -> None:
+    """Also twice in one minute, as with --again; one that is asked for must be."""
+    digests = dict.fromkeys(LAYERS, "0a1b2c3d" * 5)
+    tree = Tree(state, "none", [], {}, Model("starter", "", 1, 2), digests)
+    first = _find_version(Wishes(state), tree, [])
+    taken = [make_snapshot(version=version, verified_at="20261126T120000Z") for version in ("1", first)]
+    assert _find_version(Wishes(state), tree, taken) not in ("1", first)
+    assert _find_version(Wishes(state, version="2"), tree, taken) == "2"
+    with pytest.raises(Refused, match=f"image {taken[0].id} is called 1 already"):
+        _find_version(Wishes(state, version="1"), tree, taken)
