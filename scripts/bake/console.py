@@ -1,6 +1,7 @@
 """Owns what a person sees of a run: phases with elapsed and expected time on standard error, and the log of all."""
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ class Console:
         self._path, self._kind = state / "times.json", kind
         self._live = sys.stderr is not None and sys.stderr.isatty()
         self._phase: tuple[str, float, float | None] | None = None
-        self._drawn_s = 0.0
+        self._drawn_s, self._text = 0.0, ""
         self.times_s: dict[str, float] = {}
         self.left: list[str] = []  # what a run that went well could not take back
 
@@ -31,7 +32,7 @@ class Console:
         """A part of the run; its time is kept if it ends well, for the next run to expect."""
         expected_s = self._expected_s(name)
         begin_s = time.monotonic()
-        self._phase = (name, begin_s, expected_s)
+        self._phase, self._text = (name, begin_s, expected_s), ""
         logging.info("phase %s", name)
         if not self._live:
             self._print(f"phase {name} …" + (f" (expected {expected_s:.0f} s)" if expected_s else ""))
@@ -53,16 +54,16 @@ class Console:
         self._keep(name, took_s)
 
     def show(self, text: str) -> None:
-        """What the phase is at; gone with the next one."""
+        """What the phase is at; gone with the next one. Without a text only its time goes on."""
         if not self._live or self._phase is None:
             return
         name, begin_s, expected_s = self._phase
         now_s = time.monotonic()
         if not text and now_s - self._drawn_s < 0.5:
             return
-        self._drawn_s = now_s
+        self._drawn_s, self._text = now_s, text or self._text
         of = f" of about {expected_s:.0f}" if expected_s else ""
-        line = f"{name} {now_s - begin_s:.0f}{of} s  {text}"[:_WIDTH]
+        line = f"{name} {now_s - begin_s:.0f}{of} s  {self._text}"[: _width()]
         write_aside(f"\r\x1b[K{line}")
 
     def say(self, text: str) -> None:
@@ -91,6 +92,14 @@ class Console:
             write_json(self._path, kept)
         except OSError as error:  # the times are a comfort, no more
             logging.info("times cannot be kept: %s", error)
+
+
+def _width() -> int:
+    """Less than the terminal has: a line that goes on in the next one cannot be wiped away."""
+    try:
+        return min(_WIDTH, (os.get_terminal_size(2).columns or _WIDTH) - 1)
+    except OSError:
+        return _WIDTH
 
 
 def write_aside(text: str) -> None:

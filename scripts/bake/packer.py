@@ -125,6 +125,7 @@ def build(
                         f"Packer is not done by the run's deadline, {LONGEST_RUN_S // 3600} hours after its begin",
                         "look at what it last said",
                     )
+                show("")  # it may say nothing for minutes
                 time.sleep(_LOOK_S)
     finally:
         _end(process)
