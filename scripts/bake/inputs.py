@@ -9,6 +9,7 @@ import json
 import re
 import subprocess
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,7 +160,8 @@ def _digest_once(file: Path, state: Path) -> str:
         return str(kept["sha256"])
     with file.open("rb") as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()
-    write_json(state / "model_file.json", {"stamp": stamp, "sha256": digest})
+    with suppress(OSError):  # it spares time, no more
+        write_json(state / "model_file.json", {"stamp": stamp, "sha256": digest})
     return digest
 
 

@@ -100,6 +100,19 @@ def test_a_file_of_ones_own_counts_by_its_content(tree: Path) -> None:
         read_tree(tree, "own", tree / "none.gguf", None, "", tree)
 
 
+def test_a_digest_that_cannot_be_kept_is_no_file_that_cannot_be_read(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a full disk it is only taken anew the next time."""
+
+    def fail(path: Path, document: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(inputs, "write_json", fail)
+    (tree / "own.gguf").write_bytes(b"GGUF")
+    assert len(read_tree(tree, "own", tree / "own.gguf", None, "", tree).model.digest) == 64
+
+
 @pytest.mark.parametrize(
     ("name", "file", "problem"),
     [
