@@ -460,7 +460,8 @@ def _cost(options: argparse.Namespace) -> _Told:
     cloud, state = _open(options)
     document = cost(cloud, state)
     lines = [
-        f"{row['eur_per_month']:8.2f}  {row['what']:40}{row['version']}"
+        (" unknown" if row["eur_per_month"] is None else f"{row['eur_per_month']:8.2f}")
+        + f"  {row['what']:40}{row['version']}"
         + ("" if row["size_gb"] is None else f"  {row['size_gb']:.2f} GB")
         for row in document["rows"]
     ]

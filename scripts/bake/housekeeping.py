@@ -81,10 +81,14 @@ def cost(cloud: Cloud, state: Path) -> dict[str, Any]:
             "what": f"server {each.name} ({each.server_type.name})",
             "version": images[each.image.id],
             "size_gb": None,
+            # A type that is not sold any more may have left the list, or a location it.
             "eur_per_month": next(
-                float(price["price_monthly"]["net"])
-                for price in prices[each.server_type.name]
-                if price["location"] == each.location.name
+                (
+                    float(price["price_monthly"]["net"])
+                    for price in prices.get(each.server_type.name) or each.server_type.prices or []
+                    if price["location"] == each.location.name
+                ),
+                None,
             ),
         }
         for each in cloud.servers()
@@ -92,7 +96,7 @@ def cost(cloud: Cloud, state: Path) -> dict[str, Any]:
     ]
     return {
         "rows": rows,
-        "eur_per_month": round(sum(float(row["eur_per_month"]) for row in rows), 4),
+        "eur_per_month": round(sum(float(row["eur_per_month"] or 0) for row in rows), 4),
         "price_per_gb_month_eur": per_gb,
         "left_by_dead_runs": leftovers.lines(),
     }

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -163,6 +164,28 @@ def test_cost_counts_snapshots_and_the_servers_that_run_them(
     assert rows["server node (cx23)"] == pytest.approx(5.49)
     assert rows["service snapshot"] == pytest.approx(1.25 * told["price_per_gb_month_eur"], abs=1e-4)
     assert told["eur_per_month"] == pytest.approx(sum(rows.values()), abs=1e-4)
+
+
+@pytest.mark.parametrize("prices", [[], None])
+def test_cost_of_a_server_whose_type_is_not_sold_any_more(
+    bake: Bake,
+    cloud: Cloud,
+    local: LocalCloud,
+    make_snapshot: Callable[..., Snapshot],
+    monkeypatch: pytest.MonkeyPatch,
+    prices: list[Any] | None,
+) -> None:
+    """It is shown all the same: by what the server itself tells of its type, or as unknown."""
+    image = make_snapshot(**VERIFIED)
+    local.make_server("node", image=str(image.id))
+    servers = cloud.servers()
+    if prices is not None:
+        for each in servers:
+            each.server_type.prices = prices
+    monkeypatch.setattr(cloud, "servers", lambda: servers)
+    monkeypatch.setattr(cloud, "server_types", list)
+    shown = bake("cost")[1]
+    assert ("unknown  server node (cx23)" if prices == [] else "5.49  server node (cx23)") in shown
 
 
 def test_pins_of_this_tree(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
