@@ -296,6 +296,8 @@ def _cause_a_service_that_is_gone(own: Node, webhook: Webhook) -> None:
         time.sleep(0.5)
     own.run("systemctl start mini-llm.socket mini-llm.service")
     own.wait_ready()
+    # Prometheus is to say so itself: one that is stopped before leaves it to Alertmanager, which waits four minutes.
+    _wait_until(lambda: {"ServiceDown"} - webhook.over, 60)
 
 
 def _wait_until(find_missing: Callable[[], set[str]], patience_s: float) -> None:
