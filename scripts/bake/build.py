@@ -44,13 +44,15 @@ from scripts.bake.preflight import (
 )
 from scripts.bake.probe import Probe, make_facts, make_public_key
 from scripts.bake.relay import Relay
-from scripts.bake.report import keep_report, make_report
+from scripts.bake.report import carry_over, find_report, keep_report, make_report
 from scripts.bake.runs import Run, is_over, new_run, stop_orphans
 from scripts.bake.snapshots import LAYERS, Snapshot, format_time, shorten
 
 _log = logging.getLogger(__name__)
 _TRIES = 4  # of a layer whose bake failed in passing, for each call at which it did
 _SNAPSHOT_LOOK_S = 1.0
+_OUTSIDE = "a mirror, package index or registry did not answer as it should"
+_OUTSIDE_PAUSE_S = 5.0  # before a layer is tried again for that; doubled each time
 _LEAST_FREE_BYTES = 64 << 20  # for logs and the report
 _CREATE_PATIENCE_S = 120.0  # from the create's end to the first process: the disk is filled on the first reads
 
@@ -319,7 +321,20 @@ def _bake_segment(bake: _Bake, first: str, last: str, start: Snapshot | None) ->
         passes = ended is not None and (ended.passes or (cause.passes if cause else ended.script_status is None))
         if not passes or tried[what] == _TRIES:
             raise _failure(bake, first, last, start, ended, relay)
-        bake.console.say(f"layer {last} is tried again: {cause.message if cause else 'Packer has failed'}")
+        if ended is not None and ended.passes:
+            pause_s = _OUTSIDE_PAUSE_S * 2 ** (tried[what] - 1)
+            bake.console.say(
+                f"layer {last} is tried again in {pause_s:.0f} s: {_OUTSIDE}; it said: {_last_word(ended)}"
+            )
+            time.sleep(pause_s)
+        else:
+            bake.console.say(f"layer {last} is tried again: {cause.message if cause else 'Packer has failed'}")
+
+
+def _last_word(ended: PackerEnded) -> str:
+    """The last line that names an error and is not Packer's own summary of it."""
+    said = [line for line in ended.lines if "error" in line.lower() and not line.startswith(("Build ", "-->", "==>"))]
+    return (said or ended.lines or ["nothing"])[-1][:200]
 
 
 def _failure(
@@ -337,9 +352,10 @@ def _failure(
     lines = "\n".join(
         f"  | {line}" for line in (ended.lines if ended else ["Packer ended well, but there is no snapshot"])
     )
-    return LayerFailed(
-        f"the layers {first} to {last} could not be baked:\n{lines}", "mend what these lines say; the log has all"
-    )
+    hint = "mend what these lines say; the log has all"
+    if ended is not None and ended.passes:
+        hint = f"{_OUTSIDE}: try again later; in a network that inspects TLS name its authority: --extra-ca-file"
+    return LayerFailed(f"the layers {first} to {last} could not be baked:\n{lines}", hint)
 
 
 def _variables(bake: _Bake, first: str, last: str, start: Snapshot | None, place: Place) -> dict[str, object]:
@@ -430,7 +446,8 @@ def verify(number: int, wishes: Wishes, cloud: Cloud, state: Path, console: Cons
         proof, place = prove_image(cloud, console, run, image, tree.model, tree.folder, places.probe, key)
         if not proof.problems:
             image = cloud.relabel(image, "deadline", verified_at=format_time(datetime.now(UTC)))
-        report = keep_report(state, make_report(image, None, run, console.times_s, proof, place))
+        document = make_report(image, None, run, console.times_s, proof, place)
+        report = keep_report(state, carry_over(document, find_report(state, image.id)))
     return image, proof, report
 
 

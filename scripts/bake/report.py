@@ -135,6 +135,14 @@ def find_report(state: Path, image: int) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
+def carry_over(document: Mapping[str, Any], earlier: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A later proof's report, with what only the bake itself knew: tree, tools and the times of its phases."""
+    if not earlier:
+        return dict(document)
+    known = {name: earlier[name] for name in ("tree", "tools") if earlier.get(name)}
+    return {**document, **known, "times_s": {**earlier.get("times_s", {}), **document["times_s"]}}
+
+
 def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What differs between two reports, a line each: components first, then sizes and times."""
     lines = [

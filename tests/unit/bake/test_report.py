@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from scripts.bake.checks import Checked, Proof
-from scripts.bake.report import compare, find_report, keep_report, make_report
+from scripts.bake.report import carry_over, compare, find_report, keep_report, make_report
 from scripts.bake.runs import Run
 from tests.unit.bake.test_snapshots import make
 
@@ -75,6 +75,22 @@ def test_two_reports_are_compared_by_their_parts(tmp_path: Path) -> None:
         "deb/debian/openssl 3.5.1-1+deb13u1 → 3.5.2",
         "size of venv: 5 → 6 bytes",
     ]
+
+
+def test_a_later_proof_keeps_what_the_bake_knew(tmp_path: Path) -> None:
+    """Tree, tools and the bake's times stay; checks and what was measured again are the new ones."""
+    baked = {
+        **report(tmp_path),
+        "tree": {"commit": "c0ffee"},
+        "tools": {"packer": "1.11.2"},
+        "times_s": {"layer": 9, "probe": 5},
+    }
+    proved = report(tmp_path, problem="late")
+    kept = carry_over(proved, baked)
+    assert (kept["tree"], kept["tools"]) == (baked["tree"], baked["tools"])
+    assert kept["times_s"] == {"layer": 9, "probe": 1.0}
+    assert kept["checks"] == proved["checks"]
+    assert carry_over(proved, None) == proved
 
 
 def test_reports_are_kept_by_image(state: Path) -> None:
