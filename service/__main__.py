@@ -167,7 +167,7 @@ def _add_key(
             try:
                 audit.write("key-added", key=name, scopes=sorted(scopes), expires=until, limits=_known(limits))
             except BaseException:
-                revoke_key(settings.keys_file, name)  # there is no key that the log does not know of
+                revoke_key(settings.keys_file, name, settings.revoked_file)  # there is no key that the log does not know of
                 raise
     except ValueError as error:
         raise KeyRefused(str(error)) from error
@@ -193,7 +193,7 @@ def change_keys(settings: Settings, options: argparse.Namespace) -> None:
             print(secret)
         case "revoke":
             try:
-                key = revoke_key(settings.keys_file, options.name)
+                key = revoke_key(settings.keys_file, options.name, settings.revoked_file)
             except ValueError as error:
                 raise KeyRefused(str(error)) from error
             _say(f"The key {key.name} is revoked; a running service refuses it from now on.")

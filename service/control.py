@@ -1,4 +1,6 @@
-"""Owns the control socket: how the drain command reaches a running service, by a unix socket that only its user opens.
+"""Owns the control socket: how commands reach a running service, by a unix socket that only its user opens.
+
+``drain`` has it end gently; ``inherit`` tells it what another node has counted, whose place it takes.
 
 One command a connection: a JSON line in, JSON lines out, the last with ``"done": true``.
 """
@@ -16,10 +18,11 @@ from typing import Any
 import psutil
 
 from service.accounts import Log
-from service.errors import ServiceError
+from service.counters import NodeStorage
+from service.errors import ServiceError, StateUnwritable
 from service.generation import Generator
 
-_LARGEST_COMMAND_BYTES = 4096
+_LARGEST_COMMAND_BYTES = 4 << 20  # counters of many keys
 _CANCEL_GRACE_S = 5.0  # for answers that are cut at the limit: one batch of the prefill, one token, one write
 
 
@@ -46,7 +49,7 @@ def drain(generator: Generator, limit_s: float) -> Iterator[dict[str, Any]]:
     yield {"done": True, "cancelled": running + waiting, "left": left}
 
 
-def serve_control(path: Path, generator: Generator, log: Log) -> Callable[[], None]:
+def serve_control(path: Path, generator: Generator, counters: NodeStorage, log: Log) -> Callable[[], None]:
     """Listens in a thread of its own; returns what closes and removes the socket."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     _make_room(path)
@@ -62,17 +65,24 @@ def serve_control(path: Path, generator: Generator, log: Log) -> Callable[[], No
     def answer(peer: socket.socket) -> None:
         with peer, peer.makefile("rwb") as lines:
             try:
-                command = json.loads(lines.readline(_LARGEST_COMMAND_BYTES))
-                if command.get("command") != "drain":
-                    raise ValueError("unknown command")
+                for progress in obey(json.loads(lines.readline(_LARGEST_COMMAND_BYTES))):
+                    lines.write(json.dumps(progress).encode() + b"\n")
+                    lines.flush()
+            except (ValueError, TypeError, AttributeError, LookupError, OSError, StateUnwritable) as error:
+                log.write("control-failed", error=type(error).__name__)
+
+    def obey(command: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        match command.get("command"):
+            case "drain":
                 limit_s = command.get("limit_s")
                 limit_s = generator.settings.drain_limit_s if limit_s is None else min(3600.0, max(0.0, float(limit_s)))
                 log.write("drain", limit_s=limit_s)
-                for progress in drain(generator, limit_s):
-                    lines.write(json.dumps(progress).encode() + b"\n")
-                    lines.flush()
-            except (ValueError, AttributeError, OSError) as error:
-                log.write("control-failed", error=type(error).__name__)
+                yield from drain(generator, limit_s)
+            case "inherit":
+                counters.inherit({name: (int(told[0]), float(told[1])) for name, told in command["counters"].items()})
+                yield {"done": True}
+            case _:
+                raise ValueError("unknown command")
 
     def listen() -> None:
         while True:

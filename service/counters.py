@@ -9,6 +9,7 @@ import sqlite3
 import threading
 import time
 from collections import deque
+from collections.abc import Mapping
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -25,6 +26,7 @@ _ADD = (
     "INSERT INTO counters VALUES (?, ?, ?) ON CONFLICT (name) DO UPDATE SET amount = amount + excluded.amount"
     " RETURNING amount"
 )
+_INHERITED = "inherited/"  # before a counter's name: what of it came from another node
 _MOST_WINDOWS = 100_000  # addresses cost nothing, memory does; beyond it the one that longest took no entry goes
 
 
@@ -85,6 +87,20 @@ class NodeStorage(Storage, MovingWindowSupport):
         if not self._changed.is_set():
             self._changed.set()
         return known + amount
+
+    def inherit(self, amounts: Mapping[str, tuple[int, float]]) -> None:
+        """Takes over what another node has counted so far: amount and expiry (seconds since the epoch) by counter.
+
+        What was taken over before is known, so the same may be told again and again, with later amounts.
+        """
+        for name, (amount, expires_s) in amounts.items():
+            taken, known = f"{_INHERITED}{name}", self._amount(name)
+            more = amount - self._amount(taken)
+            with self._lock:
+                self._amounts.setdefault(name, known)
+                for each in (name, taken) if more else ():  # together, so that they reach the file together
+                    self._changes[each] = (self._changes.get(each, (0, 0.0))[0] + more, expires_s)
+        self.flush()
 
     def get(self, key: str) -> int:
         return self._amount(key)

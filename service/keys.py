@@ -57,29 +57,38 @@ class Key:
 
 
 class KeyFile:
-    """The keys of a running service: read again whenever the file has changed, so that nothing needs a restart."""
+    """The keys of a running service: read again whenever a file has changed, so that nothing needs a restart.
 
-    def __init__(self, path: Path):
-        self._path = path
+    What stands in the file ``revoked`` is no key any more, whoever writes the other file anew: a node's is made at each
+    boot, from facts that may still name it.
+    """
+
+    def __init__(self, path: Path, revoked: Path | None = None):
+        self._path, self._revoked = path, revoked
         self._lock = threading.Lock()
-        self._seen: tuple[int, ...] | None = None
+        self._seen: tuple[tuple[int, ...] | None, ...] | None = None
         self._keys: tuple[Key, ...] = ()
 
     def read(self) -> tuple[Key, ...]:
         """The keys of this moment. Raises KeysUnusable if the file is missing, unreadable, damaged or empty."""
         try:
-            found = os.stat(self._path)  # noqa: PTH116 (a Path costs twice the time)
+            signature = (_sign(self._path), self._sign_revoked())
         except OSError as error:
             raise KeysUnusable(f"the key file cannot be read ({error.strerror})") from error
-        # Whoever writes the file replaces it, so the inode changes too; ctime is there for those who edit by hand.
-        signature = (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
         if signature != self._seen:
             with self._lock:
-                self._keys = read_keys(self._path)
+                revoked = read_revoked(self._revoked) if signature[1] and self._revoked else frozenset()
+                self._keys = tuple(key for key in read_keys(self._path) if key.sha256 not in revoked)
                 self._seen = signature
         if not self._keys:
             raise KeysUnusable("there are no keys")
         return self._keys
+
+    def _sign_revoked(self) -> tuple[int, ...] | None:
+        try:
+            return _sign(self._revoked) if self._revoked else None
+        except FileNotFoundError:
+            return None  # nobody was revoked yet
 
     def authenticate(self, header: str | None) -> Key:
         """The key that an Authorization header proves. Raises Unauthenticated, or KeysUnusable."""
@@ -95,6 +104,12 @@ class KeyFile:
         if found.expires is not None and found.expires <= datetime.now(UTC):
             raise Unauthenticated("the key has expired")
         return found
+
+
+def _sign(path: Path) -> tuple[int, ...]:
+    """What is another one once a file has changed: whoever writes it replaces it; ctime is for edits by hand."""
+    found = os.stat(path)  # noqa: PTH116 (a Path costs twice the time)
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def hash_key(secret: str) -> str:
@@ -218,14 +233,30 @@ def add_key(
     return secret
 
 
-def revoke_key(path: Path, name: str) -> Key:
-    """Takes a key out of the file and returns what it was. Raises ValueError if there is none of that name."""
+def revoke_key(path: Path, name: str, revoked: Path | None = None) -> Key:
+    """Takes a key out of the file and returns what it was; its hash is kept in ``revoked``.
+
+    Raises ValueError if there is none of that name, KeysUnusable.
+    """
     with _changing(path) as keys:
         for key in keys:
             if key.name == name:
+                if revoked is not None:
+                    _replace(revoked, "".join(f"{digest}\n" for digest in sorted(read_revoked(revoked) | {key.sha256})))
                 keys.remove(key)
                 return key
         raise ValueError(f"there is no key of the name {name}")
+
+
+def read_revoked(path: Path) -> frozenset[str]:
+    """The hashes of keys that were revoked, from a file with one a line. Raises KeysUnusable if it is damaged."""
+    try:
+        lines = path.read_text(encoding="ascii").split() if path.exists() else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise KeysUnusable(f"the list of revoked keys cannot be read ({type(error).__name__})") from error
+    if not all(_SHA256.fullmatch(line) for line in lines):
+        raise KeysUnusable("the list of revoked keys is damaged (a line is no SHA-256)")
+    return frozenset(lines)
 
 
 @contextmanager
@@ -260,7 +291,11 @@ def _give_to(descriptor: int, place: Path) -> None:
 
 
 def _write_keys(path: Path, keys: list[Key]) -> None:
-    document = {"keys": [_render_key(key) for key in keys]}
+    _replace(path, json.dumps({"keys": [_render_key(key) for key in keys]}, indent=1))
+
+
+def _replace(path: Path, text: str) -> None:
+    """Replaces a file as a whole, on the disk as well; raises OSError."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         draft.unlink(missing_ok=True)
@@ -269,7 +304,7 @@ def _write_keys(path: Path, keys: list[Key]) -> None:
             if path.exists():
                 os.fchmod(descriptor, path.stat().st_mode & 0o777)
             _give_to(descriptor, path if path.exists() else path.parent)
-            json.dump(document, file, indent=1)
+            file.write(text)
             file.flush()
             os.fsync(descriptor)
         draft.replace(path)

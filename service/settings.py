@@ -36,6 +36,7 @@ class Settings:
     port: int = 8080
     auth: str | None = None
     keys_file: Path = Path()
+    revoked_file: Path = Path()
     trusted_proxies: tuple[Network, ...] = ()
     address_requests_per_minute: int | None = None
     address_tokens_per_day: int | None = None
@@ -173,6 +174,7 @@ SETTINGS: dict[str, Setting] = {
     "host": Setting(_parse_host, "address to listen on"),
     "port": Setting(parse_integer(1, 65535), "port to listen on"),
     "auth": Setting(_parse_auth, "keys: a request needs a key (default); off: none, on loopback only"),
+    "revoked_file": Setting(_parse_path, "where the hashes of revoked keys are kept"),
     "keys_file": Setting(_parse_path, "where the keys' hashes are kept"),
     "trusted_proxies": Setting(_parse_networks, "proxies whose X-Forwarded-For is believed"),
     "address_requests_per_minute": Setting(parse_integer(1, 1_000_000), "requests a client address may send a minute"),
@@ -229,6 +231,7 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
     values.setdefault("cache_dir", cache)
     values.setdefault("state_dir", state)
     values.setdefault("keys_file", values["state_dir"] / "keys.json")
+    values.setdefault("revoked_file", values["state_dir"] / "revoked")
     values.setdefault("audit_dir", values["state_dir"] / "audit")
     values.setdefault("node", socket.gethostname())
     values.setdefault("control_socket", values["state_dir"] / f"control-{values.get('port', Settings.port)}.sock")

@@ -34,7 +34,8 @@ class Runtime:
         self.limiter = Limiter(settings.address_limits, self.counters, self.scheduler.predicted_end_s)
         self.generator = Generator(self.engine, self.scheduler, self.limiter, self.metrics, settings)
         self.audit = AuditLog(settings.audit_dir, begin=settings.audit_begin, node=settings.node)
-        access = Access(KeyFile(settings.keys_file) if settings.keys_required else None, settings.trusted_proxies)
+        keys = KeyFile(settings.keys_file, settings.revoked_file) if settings.keys_required else None
+        access = Access(keys, settings.trusted_proxies)
         self.application = create_app(self.generator, access, self.audit, self.log)
         self._stopping = threading.Event()
         self._close_control: Callable[[], None] = lambda: None
@@ -42,7 +43,7 @@ class Runtime:
     def start(self) -> None:
         """Called in the web worker once it is there; the engine loads beside it."""
         # First the socket: it is made under a narrow umask, which no engine may inherit.
-        self._close_control = serve_control(self.settings.control_socket, self.generator, self.log)
+        self._close_control = serve_control(self.settings.control_socket, self.generator, self.counters, self.log)
         self.engine.start()
         # Made beforehand: SIGTERM may come while the main thread holds what starting a thread needs.
         threading.Thread(target=self._cancel_at_the_limit, name="drain-limit", daemon=True).start()

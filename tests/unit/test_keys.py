@@ -112,6 +112,26 @@ def test_changes_are_seen_at_once(path: Path) -> None:
     assert keys.authenticate(bearer(second)).name == "second"
 
 
+def test_what_was_revoked_stays_so(path: Path) -> None:
+    """Also if somebody writes the key file anew, with the key in it; a damaged list lets nobody in."""
+    revoked = path.with_name("revoked")
+    first, second = add_key(path, "first"), add_key(path, "second")
+    before, keys = path.read_text(), KeyFile(path, revoked)
+    assert keys.authenticate(bearer(first)).name == "first"
+    revoke_key(path, "first", revoked)
+    path.write_text(before)
+    with pytest.raises(Unauthenticated):
+        keys.authenticate(bearer(first))
+    assert keys.authenticate(bearer(second)).name == "second"
+    revoke_key(path, "second", revoked)
+    assert revoked.read_text().split() == sorted((hash_key(first), hash_key(second)))
+    assert revoked.stat().st_mode & 0o777 == 0o600
+    revoked.write_text("nonsense\n")
+    path.write_text(before)
+    with pytest.raises(KeysUnusable):
+        keys.authenticate(bearer(second))
+
+
 @pytest.mark.parametrize(
     "content",
     [

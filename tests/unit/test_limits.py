@@ -2,6 +2,7 @@
 
 import sqlite3
 import threading
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -308,3 +309,19 @@ def test_settlement_that_fails_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(storage, "incr", count)
     take(limits, who, 90, used=5)
     assert limits.tokens_today("alice") == 15
+
+
+def test_another_nodes_counts_are_taken_over_once(tmp_path: Path) -> None:
+    """Told again they change nothing, later ones count on, what was given back there is given back here; all survive."""
+    path, later_s = tmp_path / "counters", time.time() + 1000
+    storage = NodeStorage(path)
+    storage.incr("tokens/1/key:alice", 1000, 5)
+    for amount, expected in ((70, 75), (70, 75), (90, 95), (80, 85)):
+        storage.inherit({"tokens/1/key:alice": (amount, later_s)})
+        assert storage.get("tokens/1/key:alice") == expected
+    storage.close()
+    again = NodeStorage(path)
+    again.inherit({"tokens/1/key:alice": (82, later_s), "tokens/1/key:berta": (3, later_s)})
+    assert again.get("tokens/1/key:alice") == 87
+    assert again.get("tokens/1/key:berta") == 3
+    again.close()
