@@ -22,11 +22,12 @@ ifeq ($(LLM_MODEL),)
 unexport LLM_MODEL
 endif
 
-.PHONY: help serve bake cloud cloud-clean test unit test-faults bench bench-cloud bench-image bench-bake train lint lock clean
+.PHONY: help serve bake handover-key cloud cloud-clean test unit test-faults bench bench-cloud bench-image bench-bake train lint lock clean
 
 help:
 	@echo "make serve   serve a model on 127.0.0.1:8080 (HOST= PORT= MODEL= change that)"
 	@echo "make bake    bake the image, prove it, make it what Terraform launches (BAKE= adds options)"
+	@echo "make handover-key  make, once, what a deployment's nodes know each other by"
 	@echo "make cloud   a Hetzner Cloud on this machine, for nothing (root; CLOUD= adds options);  make cloud-clean  remove it"
 	@echo "make test    run every test;  make unit  only the fast ones"
 	@echo "make test-faults  the whole fault plan of a bake, an hour or two (root; FAULTS= adds options)"
@@ -41,6 +42,10 @@ serve:
 bake:
 	@$(SET_UP) scripts/requirements.txt
 	@exec $(VENV_PYTHON) scripts/bake.py build --promote $(BAKE)
+
+handover-key:
+	@$(SET_UP) scripts/requirements.txt
+	@exec $(VENV_PYTHON) scripts/handover_key.py
 
 cloud:
 	@$(SET_UP) scripts/requirements.txt

@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
 """Proves that a node serves: Terraform's gate, before addresses move to a new node, and after. Told by its environment.
 
-PROOF_ADDRESS (whom to ask), PROOF_DOMAIN (by which name), PROOF_KEY (a key of its service), PROOF_TIMEOUT_S,
-PROOF_CERTIFICATE (``valid``, or ``any`` while it cannot be there yet) and PROOF_AUTHORITY (PEM file, where the system
-does not know who signed it). Exit code 0 once the node has answered a generation, 1 with the reason if it never did.
+PROOF_STAGE (``gate``, before the addresses move: has it taken over from the node that serves? or ``served``, after:
+has that one given its last answer?), PROOF_ADDRESS (whom to ask), PROOF_DOMAIN (by which name), PROOF_KEY (a key of
+its service), PROOF_TIMEOUT_S, PROOF_CERTIFICATE (``valid``, or ``any`` while it cannot be there yet) and
+PROOF_AUTHORITY (PEM file, where the system does not know who signed it). Exit code 0 once the node has answered a
+generation and the stage is reached, 1 with the reason if it never was.
 """
 
 import os
@@ -12,6 +14,7 @@ import time
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -46,6 +49,8 @@ class Order:
     key: str
     timeout_s: float
     verify: bool | str
+    stage: str = "gate"
+    authority: bool | str = True  # what a certificate is verified with once it must be there
 
 
 def read_order(environment: dict[str, str]) -> Order:
@@ -57,12 +62,17 @@ def read_order(environment: dict[str, str]) -> Order:
         authority = environment.get("PROOF_AUTHORITY", "")
         if authority and not Path(authority).is_file():
             raise Never(f"{authority}, which should hold the authority's certificate, is no file")
+        stage = environment["PROOF_STAGE"]
+        if stage not in ("gate", "served"):
+            raise Never("PROOF_STAGE must be gate or served")
         return Order(
             environment["PROOF_ADDRESS"],
             environment["PROOF_DOMAIN"],
             environment["PROOF_KEY"],
             float(environment["PROOF_TIMEOUT_S"]),
             (authority or True) if certificate == "valid" else False,
+            stage,
+            authority or True,
         )
     except KeyError as error:
         raise Never(f"{error.args[0]} is missing; Terraform sets it") from error
@@ -129,13 +139,79 @@ def ask_once(session: requests.Session, order: Order) -> str:
     return response
 
 
+def ask_rollout(session: requests.Session, order: Order, query: str = "") -> dict[str, Any]:
+    """How far the node's takeover is; of state ``none`` where it does not take part in any. Raises NotYet."""
+    try:
+        told = session.get(
+            f"https://{order.address}/rollout{query}",
+            headers={"Authorization": f"Bearer {order.key}"},
+            timeout=_REQUEST_TIMEOUT_S,
+        )
+        if told.status_code != 200:
+            raise NotYet(f"GET /rollout says {told.status_code}")
+        return dict(told.json())
+    except (requests.RequestException, TypeError, ValueError) as error:
+        raise NotYet(f"{order.address} does not tell of its takeover: {type(error).__name__}") from error
+
+
+def judge_rollout(told: dict[str, Any], order: Order) -> None:
+    """Raises NotYet, or Never with the reason, unless the stage's end is reached."""
+    state, answers = told.get("state"), told.get("answers")
+    if state == "failed":
+        raise Never(f"it did not take over: {told.get('reason')}")
+    if state == "none":
+        return
+    if order.stage == "gate":
+        if state == "looking":
+            raise NotYet(told.get("reason") or "it looks for the node that serves")
+    elif state != "finished":
+        left = "" if answers is None else f": {answers} answers, {told.get('connections')} connections"
+        raise NotYet(f"the old node is not done yet{left}")
+
+
+def prove_once(session: requests.Session, order: Order) -> str:
+    """One look at all that the stage wants; what the node answered. Raises NotYet, Never."""
+    told = ask_rollout(session, order)
+    if told.get("state") == "failed":
+        judge_rollout(told, order)
+    if told.get("key_is_void"):
+        return "proved before"  # its key ended with that
+    answer = ask_once(session, order)
+    if told.get("certificate") and not order.verify:
+        # What it took over must be what clients will see.
+        proved = replace(order, verify=order.authority)
+        ask_once(open_session(proved), proved)
+    judge_rollout(told, order)
+    for note in told.get("notes") or ():
+        print(f"note: {note}", flush=True)
+    if order.stage == "served" and told.get("state") != "none":
+        session.delete(
+            f"https://{order.address}/rollout",
+            headers={"Authorization": f"Bearer {order.key}"},
+            timeout=_REQUEST_TIMEOUT_S,
+        ).raise_for_status()
+    return answer
+
+
+def tell_logs(order: Order) -> list[str]:
+    """The node's last log lines, if it still tells them; whose certificate that is does not matter any more."""
+    unverified = replace(order, verify=False)
+    try:
+        logs = ask_rollout(open_session(unverified), unverified, "?logs=1").get("logs") or {}
+        return [f"  {name}: {line}" for name, lines in logs.items() for line in lines]
+    except NotYet:
+        return []
+
+
 def prove(order: Order) -> str:
     """Asks until the node answers; the answer. Raises Never with the last reason."""
     session = open_session(order)
     begin_s = said_s = time.monotonic()
     while True:
         try:
-            return ask_once(session, order)
+            return prove_once(session, order)
+        except requests.RequestException as error:
+            raise Never(f"the key of the proof could not be ended: {type(error).__name__}") from error
         except NotYet as reason:
             now_s = time.monotonic()
             if now_s - begin_s > order.timeout_s:
@@ -151,9 +227,14 @@ def main() -> int:
     warnings.simplefilter("ignore", InsecureRequestWarning)  # said by PROOF_CERTIFICATE
     try:
         order = read_order(dict(os.environ))
-        begin_s = time.monotonic()
+    except Never as reason:
+        print(f"error: {reason}")
+        return 1
+    begin_s = time.monotonic()
+    try:
         answer = prove(order)
     except Never as reason:
+        print("\n".join(tell_logs(order)))
         print(f"error: the node does not serve: {reason}")
         print("  the addresses were not moved to it, if they were not its own before; the next apply goes on from here")
         return 1

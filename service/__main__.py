@@ -167,7 +167,8 @@ def _add_key(
             try:
                 audit.write("key-added", key=name, scopes=sorted(scopes), expires=until, limits=_known(limits))
             except BaseException:
-                revoke_key(settings.keys_file, name, settings.revoked_file)  # there is no key that the log does not know of
+                # There is no key that the log does not know of.
+                revoke_key(settings.keys_file, name, settings.revoked_file)
                 raise
     except ValueError as error:
         raise KeyRefused(str(error)) from error

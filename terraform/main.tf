@@ -16,6 +16,7 @@ locals {
       mail = try({ for field, text in var.alerts.mail : field => text if text != null }, null)
     }) : name => value if value != null
   }
+  handover = var.handover == null ? null : { for name, value in var.handover : name => value if value != true }
   facts = {
     for name, value in {
       domain             = var.domain
@@ -23,6 +24,7 @@ locals {
       certificate        = var.certificate
       monitoring         = var.monitoring
       alerts             = local.alerts
+      handover           = local.handover
       price_eur_per_hour = var.price_eur_per_hour
       addresses = {
         ipv4 = hcloud_floating_ip.service["ipv4"].ip_address
@@ -33,11 +35,15 @@ locals {
 
   proof_key = "mllm_${sha256(terraform_data.node.output.secret)}"
   proof = {
-    name    = "proof"
     sha256  = sha256(local.proof_key)
-    scopes  = ["generate"]
     expires = terraform_data.node.output.proof_ends
-    limits  = { parallel = 1 }
+  }
+}
+
+check "handover" {
+  assert {
+    condition     = nonsensitive(var.handover != null)
+    error_message = "There is no handover key, so a rollout will cut answers in flight; `make handover-key` makes it."
   }
 }
 
@@ -133,9 +139,9 @@ resource "hcloud_server" "node" {
   firewall_ids = [hcloud_firewall.node.id]
   labels       = merge(local.labels, { image = tostring(var.image_id) })
   user_data = templatefile("${path.module}/../cloud-init/launch.yaml.tftpl", {
-    facts = jsonencode(merge(local.facts, { api_keys = concat(local.api_keys, [local.proof]) }))
+    facts = jsonencode(merge(local.facts, { api_keys = local.api_keys, proof = local.proof }))
   })
-  # What has been accepted is answered before the node goes.
+  # Where a rollout did not get to see to it, what has been accepted is answered before the node goes.
   shutdown_before_deletion = true
 
   network {
@@ -151,13 +157,15 @@ resource "hcloud_server" "node" {
   depends_on = [hcloud_network_subnet.nodes]
 }
 
-# The gate: a new node answers a generation at its own address, or the addresses stay where they are and the apply fails.
+# The gate: a new node has taken over what it must and answers a generation at its own address, or the addresses stay where
+# they are and the apply fails.
 resource "terraform_data" "proved" {
   triggers_replace = [hcloud_server.node.id]
 
   provisioner "local-exec" {
     command = "${var.python} ../scripts/prove_node.py"
     environment = {
+      PROOF_STAGE     = "gate"
       PROOF_ADDRESS   = hcloud_server.node.ipv4_address
       PROOF_DOMAIN    = var.domain
       PROOF_KEY       = local.proof_key
@@ -170,22 +178,30 @@ resource "terraform_data" "proved" {
   }
 }
 
-resource "hcloud_floating_ip_assignment" "service" {
-  for_each = hcloud_floating_ip.service
-
-  floating_ip_id = each.value.id
+resource "hcloud_floating_ip_assignment" "ipv6" {
+  floating_ip_id = hcloud_floating_ip.service["ipv6"].id
   server_id      = hcloud_server.node.id
 
   depends_on = [terraform_data.proved]
 }
 
-# The proof under the real name and address, with the certificate that clients will see.
+# Last: somebody is sure to ask there, so the nodes know by it that both have moved.
+resource "hcloud_floating_ip_assignment" "ipv4" {
+  floating_ip_id = hcloud_floating_ip.service["ipv4"].id
+  server_id      = hcloud_server.node.id
+
+  depends_on = [hcloud_floating_ip_assignment.ipv6]
+}
+
+# The proof under the real name and address, with the certificate that clients will see; then the old node has given its
+# last answer, and the key of the proof ends.
 resource "terraform_data" "served" {
   triggers_replace = [hcloud_server.node.id]
 
   provisioner "local-exec" {
     command = "${var.python} ../scripts/prove_node.py"
     environment = {
+      PROOF_STAGE       = "served"
       PROOF_ADDRESS     = hcloud_floating_ip.service["ipv4"].ip_address
       PROOF_DOMAIN      = var.domain
       PROOF_KEY         = local.proof_key
@@ -196,5 +212,5 @@ resource "terraform_data" "served" {
     working_dir = path.module
   }
 
-  depends_on = [hcloud_floating_ip_assignment.service]
+  depends_on = [hcloud_floating_ip_assignment.ipv4]
 }

@@ -71,6 +71,13 @@ variable "api_keys" {
   }
 }
 
+variable "handover" {
+  type        = object({ certificate = string, key = string, take_over = optional(bool, true) })
+  default     = null
+  sensitive   = true
+  description = "By what the nodes of this deployment know each other, from `make handover-key`. Without it a rollout cuts answers in flight, orders another certificate and loses counters, audit log and history; with take_over = false one does so on purpose, to change the key or to leave a broken node behind."
+}
+
 variable "monitoring" {
   type        = object({ user = string, password_hash = string })
   default     = null
@@ -146,8 +153,8 @@ variable "network" {
   description = "The private network of the deployment's nodes."
 
   validation {
-    condition     = can(cidrhost(var.network, 2))
-    error_message = "The network must be one such as 10.77.0.0/24."
+    condition     = can(cidrhost(var.network, 1000)) == false && can(cidrhost(var.network, 2))
+    error_message = "The network must be one such as 10.77.0.0/24; of more than a /23 a new node would not look through."
   }
 }
 

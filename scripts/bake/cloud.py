@@ -218,6 +218,11 @@ class Cloud:
         """Every SSH key of the project."""
         return self._ask("list the SSH keys", self.client.ssh_keys.get_all)
 
+    def labelled(self, collection: str, selector: str) -> list[Any]:
+        """What has some labels, of a collection that the client knows by this name."""
+        listed = getattr(self.client, collection)
+        return list(self._ask(f"list the {collection}", lambda: listed.get_all(label_selector=selector)))
+
     def server_types(self) -> list[BoundServerType]:
         """What is on offer."""
         return self._ask("list the server types", self.client.server_types.get_all)
@@ -332,6 +337,16 @@ class Cloud:
     def delete_snapshot(self, snapshot: Snapshot) -> None:
         """A snapshot that is gone; it may be so already."""
         self._delete(f"delete snapshot {snapshot.id}", lambda: self.client.images.delete(Image(id=snapshot.id)), 0)
+
+    def delete_labelled(self, collection: str, number: int, name: str, end_s: float) -> None:
+        """One of them that is gone; it may be so already."""
+        listed = getattr(self.client, collection)
+
+        def delete() -> BoundAction | bool:
+            answer: BoundAction | bool = listed.get_by_id(number).delete()
+            return answer
+
+        self._delete(f"delete {name} of the {collection}", delete, end_s)
 
     def _delete(self, what: str, call: Callable[[], BoundAction | bool], end_s: float) -> None:
         for pause_s, last_try in zip(pauses(), (False, False, False, True), strict=False):

@@ -1,7 +1,9 @@
 """Terraform, with its real provider, launches nodes from the image over the local cloud, and replaces them."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -22,7 +24,7 @@ from tests.image.test_image import reachable_acme_server
 from tests.local_cloud.harness import LocalCloud
 
 _APPLY_TIMEOUT_S = 600
-KEYS = {name: f"mllm_{name * 8}{'0' * 24}" for name in ("alice", "berta")}
+KEYS = {name: f"mllm_{name * 8}{'0' * 24}" for name in ("alice", "berta", "carla")}
 
 
 @dataclass
@@ -35,19 +37,29 @@ class Deployment:
     values: dict[str, Any]
     authority: Path
 
-    def run(self, *words: str) -> tuple[int, str]:
-        """Exit code and all that was said."""
+    @property
+    def environment(self) -> dict[str, str]:
+        """What the programs find the cloud by; Terraform's provider wants a token of 64 characters."""
+        token = "local".ljust(64, "0")
+        return {**self.cloud.environment, "HCLOUD_TOKEN": token, "TF_IN_AUTOMATION": "1", "CHECKPOINT_DISABLE": "1"}
+
+    def _start(self, *words: str) -> "subprocess.Popen[str]":
         (self.folder / "test.auto.tfvars.json").write_text(json.dumps(self.values))
-        token = "local".ljust(64, "0")  # the provider wants 64 characters
-        done = subprocess.run(
+        return subprocess.Popen(
             [self.program, *words, "-no-color"],
             cwd=self.folder,
-            env={**self.cloud.environment, "HCLOUD_TOKEN": token, "TF_IN_AUTOMATION": "1", "CHECKPOINT_DISABLE": "1"},
-            capture_output=True,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
-            timeout=_APPLY_TIMEOUT_S,
+            start_new_session=True,
         )
-        return done.returncode, done.stdout + done.stderr
+
+    def run(self, *words: str) -> tuple[int, str]:
+        """Exit code and all that was said."""
+        with self._start(*words) as process:
+            said, _ = process.communicate(timeout=_APPLY_TIMEOUT_S)
+        return process.returncode, said
 
     def apply(self, **values: Any) -> str:
         """Applies with these variables from now on; what was said."""
@@ -55,6 +67,22 @@ class Deployment:
         code, said = self.run("apply", "-auto-approve", "-input=false")
         assert code == 0, said
         return said
+
+    def kill(self, after_s: float, **values: Any) -> None:
+        """Applies with these variables from now on, and is killed in the midst of it."""
+        self.values |= values
+        with self._start("apply", "-auto-approve", "-input=false") as process:
+            time.sleep(after_s)
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate(timeout=_APPLY_TIMEOUT_S)
+
+    def sweep(self) -> str:
+        """Removes what stands in no state; what was said."""
+        command = [sys.executable, str(ROOT / "scripts/sweep.py"), "--folder", str(self.folder), "--yes"]
+        command += ["--deployment", "launch", "--program", self.program]
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=_APPLY_TIMEOUT_S)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
 
     def changes(self) -> str:
         """What a plan would do; empty if nothing."""

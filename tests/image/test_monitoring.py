@@ -55,7 +55,7 @@ for path in sys.argv[1:]:
 """
 SECRETS = ("/etc/mini-llm/facts.yaml", "/run/mini-llm/keys.json", "/var/lib/cloud/instance/user-data.txt")
 CONFIGURATION = (
-    "/usr/share/mini-llm/stack/prometheus/prometheus.yaml",
+    "/run/mini-llm-prometheus/prometheus.yaml",
     "/usr/share/mini-llm/stack/prometheus/alerts.yaml",
     "/run/mini-llm-alertmanager/alertmanager.yaml",
 )

@@ -312,7 +312,7 @@ def test_settlement_that_fails_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_another_nodes_counts_are_taken_over_once(tmp_path: Path) -> None:
-    """Told again they change nothing, later ones count on, what was given back there is given back here; all survive."""
+    """Told again they change nothing, later ones count on, what was given back there is given back here as well."""
     path, later_s = tmp_path / "counters", time.time() + 1000
     storage = NodeStorage(path)
     storage.incr("tokens/1/key:alice", 1000, 5)

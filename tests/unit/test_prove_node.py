@@ -8,10 +8,11 @@ import pytest
 import requests
 
 from scripts import prove_node
-from scripts.prove_node import Never, NotYet, Order, ask_once, prove, read_order
+from scripts.prove_node import Never, NotYet, Order, ask_once, prove, prove_once, read_order
 
 ORDER = Order("192.0.2.1", "llm.example.org", "mllm_x", 1.0, True)
 RIGHT = {
+    "PROOF_STAGE": "gate",
     "PROOF_ADDRESS": "192.0.2.1",
     "PROOF_DOMAIN": "llm.example.org",
     "PROOF_KEY": "mllm_x",
@@ -44,10 +45,19 @@ class Session:
     def __init__(self, ready: Callable[[], requests.Response], generate: Callable[[], requests.Response]):
         self._ready, self._generate = ready, generate
         self.headers: dict[str, str] = {}
+        self.rollout: dict[str, Any] = {"state": "none"}
+        self.ended = False
 
     def get(self, url: str, **more: Any) -> requests.Response:
+        if url.partition("?")[0] == "https://192.0.2.1/rollout":
+            return answer(200, self.rollout)()
         assert url == "https://192.0.2.1/ready"
         return self._ready()
+
+    def delete(self, url: str, headers: dict[str, str], **more: Any) -> requests.Response:
+        assert (url, headers) == ("https://192.0.2.1/rollout", {"Authorization": "Bearer mllm_x"})
+        self.ended = True
+        return answer(200, {})()
 
     def post(self, url: str, headers: dict[str, str], **more: Any) -> requests.Response:
         assert url == "https://192.0.2.1/generate"
@@ -105,6 +115,45 @@ def test_a_node_without_a_certificate_says_why(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(prove_node, "open_session", lambda order: Session(told, SAYS) if not order.verify else None)
     with pytest.raises(Never, match=r"it is not for llm\.example\.org"):
         ask_once(Session(fail(requests.exceptions.SSLError("self-signed")), SAYS), ORDER)
+
+
+@pytest.mark.parametrize(
+    ("stage", "told", "expected"),
+    [
+        ("gate", {"state": "looking"}, "looks for the node that serves"),
+        ("gate", {"state": "first"}, None),
+        ("gate", {"state": "prepared", "flows": "kept", "answers": 3}, None),
+        ("gate", {"state": "looking", "reason": "waiting for a moment"}, "waiting for a moment"),
+        ("gate", {"state": "failed", "reason": "another key"}, "did not take over: another key"),
+        ("gate", {"state": "moved"}, None),
+        ("served", {"state": "prepared"}, "not done yet"),
+        ("served", {"state": "moved", "answers": 2, "connections": 3}, "2 answers, 3 connections"),
+        ("served", {"state": "finished"}, None),
+        ("served", {"state": "none"}, None),
+        ("served", {"state": "finished", "key_is_void": True}, None),
+    ],
+)
+def test_a_takeover_is_waited_for(stage: str, told: dict[str, Any], expected: str | None) -> None:
+    """Before the addresses move as far as they may, after it to its end, with which the key of the proof ends."""
+    session, order = Session(READY, SAYS), Order("192.0.2.1", "llm.example.org", "mllm_x", 1.0, True, stage)
+    session.rollout = told
+    if expected is None:
+        answered = prove_once(session, order)
+        assert answered == ("proved before" if "key_is_void" in told else "Red")
+    else:
+        with pytest.raises((NotYet, Never), match=expected):
+            prove_once(session, order)
+    assert session.ended == (stage == "served" and told == {"state": "finished"})
+
+
+def test_a_certificate_that_was_taken_over_is_proved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though none is asked for where one is still to be ordered."""
+    session, order = Session(READY, SAYS), Order("192.0.2.1", "llm.example.org", "mllm_x", 1.0, False)
+    session.rollout = {"state": "prepared", "flows": "kept", "certificate": True}
+    other = Session(fail(requests.exceptions.SSLError("expired")), SAYS)
+    monkeypatch.setattr(prove_node, "open_session", lambda order: other if order.verify else session)
+    with pytest.raises(NotYet, match="certificate is not valid"):
+        prove_once(session, order)
 
 
 def test_it_waits_for_what_may_pass(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from scripts.handover_key import make_pair
 from service.keys import read_keys
 from tests.image.scripts import ROOT, load_script
 
 facts = load_script("rootfs/usr/lib/mini-llm/facts.py")
 SCHEMA = ROOT / "cloud-init" / "facts.schema.json"
+PROMETHEUS = ROOT / "image/rootfs/usr/share/mini-llm/stack/prometheus/prometheus.yaml"
 HASH = "0123456789abcdef" * 4
 KEY = f"{{name: a, sha256: {HASH}"
 PLACE = "domain: llm.example.org\nacme: {email: a@example.org}\n"
@@ -57,12 +59,12 @@ ki1+Z1Fpw5AsQEmIfjOwLqq2KpY28XPWkDK0NT1eyMxOkjM7VMEsuU77
 def check(tmp_path: Path, text: str | bytes | None) -> tuple[int, Path]:
     """The exit code, and the folder with what was written."""
     path, run = tmp_path / "facts.yaml", tmp_path / "run"
-    for name in ("", "-traefik", "-prometheus", "-alertmanager", "-boot"):
+    for name in ("", "-traefik", "-prometheus", "-alertmanager", "-boot", "-rollout"):
         (run / f"mini-llm{name}").mkdir(parents=True, exist_ok=True)
     if text is not None:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
     (tmp_path / "instance-id").write_text("1\n")
-    code = facts.main(path, run, SCHEMA, tmp_path / "instance-id", tmp_path / "facts_of.json")
+    code = facts.main(path, run, SCHEMA, tmp_path / "instance-id", tmp_path / "facts_of.json", PROMETHEUS)
     return code, run / "mini-llm"
 
 
@@ -248,11 +250,43 @@ def test_the_schema_is_one() -> None:
     facts.jsonschema.Draft202012Validator.check_schema(json.loads(SCHEMA.read_text()))
 
 
+def test_a_proof_and_a_handover_are_for_those_who_need_them(tmp_path: Path) -> None:
+    """The proof's key is one of the service's; the handover's key is root's alone, and goes when the facts lose it."""
+    pair = make_pair(datetime.now(UTC))
+    more = {"proof": {"sha256": "c" * 64, "expires": "2099-01-31T12:00:00Z"}, "addresses": {"ipv4": "203.0.113.5"}}
+    right = {**yaml.safe_load(RIGHT), **more, "handover": {**pair, "take_over": False}}
+    code, out = check(tmp_path, json.dumps(right))
+    assert code == 0
+    keys = {key["name"]: key for key in json.loads((out / "keys.json").read_text())["keys"]}
+    assert keys["proof"]["sha256"] == "c" * 64
+    assert keys["proof"]["scopes"] == ["generate"]
+    assert (out / "proof").read_text() == "c" * 64 + "\n"
+    rollout = out.with_name("mini-llm-rollout")
+    assert {path.name: path.stat().st_mode & 0o777 for path in rollout.iterdir() if path.suffix} == {
+        "certificate.pem": 0o600,
+        "key.pem": 0o600,
+    }
+    assert (rollout / "alone").exists()
+    assert check(tmp_path, RIGHT)[0] == 0
+    assert list(rollout.iterdir()) == []
+    other = make_pair(datetime.now(UTC))
+    for wrong, reason in (
+        ({"handover": {**pair, "key": other["key"]}}, "handover: certificate and key do not fit each other"),
+        ({"addresses": None}, "handover: addresses is missing beside it"),
+        ({"proof": {"sha256": "c" * 64, "expires": "tomorrow"}}, "proof.expires: must be a time with its zone"),
+        ({"proof": {"sha256": right["api_keys"][0]["sha256"], "expires": "2099-01-31T12:00:00Z"}}, "the same sha256"),
+    ):
+        mixed = {name: value for name, value in {**right, **wrong}.items() if value is not None}
+        code, out = check(tmp_path, json.dumps(mixed))
+        assert code == 1
+        assert reason in (out / "problem").read_text()
+
+
 def test_a_check_that_breaks_leaves_a_node_that_does_not_serve(tmp_path: Path) -> None:
     """Whatever it breaks on; keys of an earlier check are gone as well."""
     _, out = check(tmp_path, RIGHT)
     with pytest.raises(FileNotFoundError):
-        facts.main(*(tmp_path / name for name in ("facts.yaml", "run", "no-schema", "instance", "memory")))
+        facts.main(*(tmp_path / name for name in ("facts.yaml", "run", "no-schema", "instance", "memory")), PROMETHEUS)
     assert sorted(path.name for path in out.iterdir()) == ["problem", "stack.env"]
     assert (out / "problem").read_text() == "this node's facts were not checked\n"
 
@@ -264,7 +298,7 @@ def test_facts_of_the_server_that_a_snapshot_was_made_of_are_refused(tmp_path: P
     def boot(instance: str) -> int:
         (tmp_path / "instance-id").write_text(instance)
         paths = [tmp_path / name for name in ("facts.yaml", "run")]
-        return facts.main(*paths, SCHEMA, tmp_path / "instance-id", tmp_path / "facts_of.json")
+        return facts.main(*paths, SCHEMA, tmp_path / "instance-id", tmp_path / "facts_of.json", PROMETHEUS)
 
     assert boot("1") == 0
     assert boot("2") == 1

@@ -45,6 +45,26 @@ def test_without_a_password_there_is_no_monitoring_to_reach() -> None:
     assert stack.traefik_files(FACTS)["ordered"] == "llm.example.org\nmonitoring.llm.example.org\n"
 
 
+def test_a_rollout_asks_past_the_service() -> None:
+    """Where a key was given for it, before all that the service answers; nowhere else."""
+    told = routes({**FACTS, "proof": {"sha256": "0" * 64, "expires": "2027-01-31T12:00:00Z"}})
+    router = told["routers"]["rollout"]
+    assert router["rule"] == "Host(`llm.example.org`) && Path(`/rollout`)"
+    assert router["priority"] > max(len(other["rule"]) for other in told["routers"].values())
+    assert told["services"]["rollout"]["loadBalancer"]["servers"] == [{"url": f"http://{stack.ROLLOUT}"}]
+    assert "rollout" not in routes(FACTS)["routers"]
+
+
+def test_what_is_measured_names_its_node() -> None:
+    """All of it, and nothing else of the image's configuration changes."""
+    image = yaml.safe_load((STACK / "prometheus" / "prometheus.yaml").read_text())
+    told = json.loads(stack.prometheus_file(image, "node-1"))
+    for job in told["scrape_configs"]:
+        for each in job["static_configs"]:
+            assert each.pop("labels") == {"node": "node-1"}
+    assert told == image
+
+
 def test_alerts_go_where_the_facts_say() -> None:
     """To a webhook, by mail over TLS, to both, or to nobody."""
     [receiver] = json.loads(stack.alertmanager_file(FACTS))["receivers"]

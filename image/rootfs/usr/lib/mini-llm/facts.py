@@ -15,6 +15,7 @@ import os
 import re
 import secrets
 import shutil
+import socket
 import ssl
 import sys
 import tempfile
@@ -30,9 +31,10 @@ sys.path.insert(0, str(Path(__file__).parent))  # Python's isolated mode leaves 
 import stack
 
 SCHEMA = Path("/usr/share/mini-llm/facts.schema.json")
+PROMETHEUS = Path("/usr/share/mini-llm/stack/prometheus/prometheus.yaml")
 INSTANCE = Path("/var/lib/cloud/data/instance-id")
 MEMORY = Path("/var/lib/mini-llm-node/facts_of.json")
-_SCRAPER = "prometheus"
+_SCRAPER, _PROOF = "prometheus", "proof"
 _TWICE = "a name stands twice"
 _LONGEST_TOLD_NAME = 24
 _NO_CHECK_TIME, _OTHER_NAME = 0x20_0000, 62  # X509_V_FLAG_NO_CHECK_TIME, X509_V_ERR_HOSTNAME_MISMATCH
@@ -105,6 +107,7 @@ def read_facts(path: Path, schema: dict[str, Any]) -> dict[str, Any]:
             *_find_bad_times(facts),
             *_find_bad_addresses(facts),
             *_find_certificate(facts),
+            *_find_handover(facts),
         ]
     if problems:
         raise FactsWrong(problems)
@@ -146,9 +149,14 @@ def keys_of(facts: dict[str, Any], now: datetime, scraping_key: str) -> dict[str
     return {
         "keys": [
             {"created": now.isoformat(timespec="seconds"), "scopes": ["generate"], **_as_in_json(key)}
-            for key in (*facts["api_keys"], scraping)
+            for key in (*facts["api_keys"], scraping, *_proof_of(facts))
         ]
     }
+
+
+def _proof_of(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """The key that this node is proved with, if somebody is to prove it."""
+    return [{"name": _PROOF, "limits": {"parallel": 1}, **facts["proof"]}] if "proof" in facts else []
 
 
 def settings_of(facts: dict[str, Any]) -> dict[str, str]:
@@ -204,7 +212,7 @@ def _find_twins(facts: dict[str, Any]) -> list[str]:
     if any(key["name"] == _SCRAPER for key in facts["api_keys"]):
         problems.append(f"api_keys: the name {_SCRAPER} is taken, by the node's own Prometheus")
     for field in ("name", "sha256"):
-        values = [key[field] for key in facts["api_keys"]]
+        values = [key[field] for key in (*facts["api_keys"], *_proof_of(facts))]
         if len(set(values)) < len(values):
             problems.append(f"api_keys: two of them have the same {field}")
     return problems
@@ -212,7 +220,8 @@ def _find_twins(facts: dict[str, Any]) -> list[str]:
 
 def _find_bad_times(facts: dict[str, Any]) -> list[str]:
     problems = []
-    for number, key in enumerate(facts["api_keys"]):
+    keys = {f"api_keys[{number}]": key for number, key in enumerate(facts["api_keys"])}
+    for place, key in {**keys, "proof": facts.get("proof", {})}.items():
         if "expires" not in key:
             continue
         try:
@@ -220,7 +229,7 @@ def _find_bad_times(facts: dict[str, Any]) -> list[str]:
         except ValueError:
             expires = None
         if expires is None or expires.tzinfo is None:
-            problems.append(f"api_keys[{number}].expires: must be a time with its zone, as 2027-01-31T12:00:00Z")
+            problems.append(f"{place}.expires: must be a time with its zone, as 2027-01-31T12:00:00Z")
     return problems
 
 
@@ -234,6 +243,22 @@ def _find_bad_addresses(facts: dict[str, Any]) -> list[str]:
         if not fits:
             problems.append(f"addresses.{family}: must be an IP{family[2:]} address")
     return problems
+
+
+def _find_handover(facts: dict[str, Any]) -> list[str]:
+    if "handover" not in facts:
+        return []
+    if "addresses" not in facts:
+        return ["handover: addresses is missing beside it; without any that move there is nothing to take over"]
+    with tempfile.TemporaryDirectory() as folder:
+        write_handover(Path(folder), facts)
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
+                Path(folder) / "certificate.pem", Path(folder) / "key.pem", password=""
+            )
+        except (OSError, ValueError):  # an SSLError is an OSError
+            return ["handover: certificate and key do not fit each other or are damaged"]
+    return []
 
 
 def _find_certificate(facts: dict[str, Any]) -> list[str]:
@@ -327,19 +352,37 @@ def write_traefik(folder: Path, facts: dict[str, Any] | None) -> None:
         write_whole(folder / name, text, 0o640)
 
 
-def write_all(run: Path, facts: dict[str, Any] | None) -> None:
+def write_handover(folder: Path, facts: dict[str, Any] | None) -> None:
+    """By what this node knows its neighbours, for root alone; nothing where the facts have none."""
+    (folder / "alone").unlink(missing_ok=True)
+    if facts and not facts.get("handover", {}).get("take_over", True):
+        (folder / "alone").touch()
+    for name in ("key", "certificate"):
+        path = folder / f"{name}.pem"
+        path.unlink(missing_ok=True)
+        if facts and "handover" in facts:
+            path.touch(mode=0o600)
+            path.write_text(facts["handover"][name])
+
+
+def write_all(run: Path, facts: dict[str, Any] | None, prometheus: Path) -> None:
     """What the programs read, from facts that are right; or, for None, as long as nobody knows any."""
     own, scraping_key = run / "mini-llm", f"mllm_{secrets.token_hex(24)}"
-    for name in ("keys.json", "node.env", "addresses"):
+    for name in ("keys.json", "node.env", "addresses", "proof"):
         (own / name).unlink(missing_ok=True)
     write_traefik(run / "mini-llm-traefik", facts)
+    write_handover(run / "mini-llm-rollout", facts)
     write_whole(run / "mini-llm-alertmanager" / "alertmanager.yaml", stack.alertmanager_file(facts), 0o640)
     write_whole(run / "mini-llm-prometheus" / "service.key", scraping_key, 0o640)
+    measured = stack.prometheus_file(yaml.safe_load(prometheus.read_text()), socket.gethostname())
+    write_whole(run / "mini-llm-prometheus" / "prometheus.yaml", measured, 0o640)
     write_whole(run / "mini-llm-prometheus" / "rules.yaml", stack.prometheus_rules(facts), 0o640)
     texts = {"stack.env": _as_env(stack.compose_settings(facts or {}))}
     if facts is not None:
         texts["keys.json"] = json.dumps(keys_of(facts, datetime.now(UTC), scraping_key), indent=1) + "\n"
         texts["node.env"] = _as_env(settings_of(facts))
+        if "proof" in facts:
+            texts["proof"] = f"{facts['proof']['sha256']}\n"
         if "addresses" in facts:
             texts["addresses"] = "".join(f"{address}\n" for address in facts["addresses"].values())
     for name, text in texts.items():
@@ -356,11 +399,12 @@ def main(
     schema_path: Path = SCHEMA,
     instance: Path = INSTANCE,
     memory: Path = MEMORY,
+    prometheus: Path = PROMETHEUS,
 ) -> int:
     """Checks and writes; the boundary where problems become lines."""
     problem_path = run / "mini-llm" / "problem"
     write_whole(problem_path, "this node's facts were not checked\n", 0o640)  # whatever happens from here on
-    write_all(run, None)  # so that /ready can tell
+    write_all(run, None, prometheus)  # so that /ready can tell
     try:
         _close_to_others(facts_path)
         if stranger := find_stranger(facts_path, instance, memory):
@@ -371,7 +415,7 @@ def main(
             print(f"mini-llm: this node does not serve: {re.sub(r'[^ -~]', '?', problem)}")
         write_whole(problem_path, "\n".join(wrong.problems) + "\n", 0o640)
         return 1
-    write_all(run, facts)
+    write_all(run, facts, prometheus)
     problem_path.unlink()
     write_whole(run / "mini-llm-boot" / "facts", f"{time.clock_gettime(time.CLOCK_BOOTTIME):.2f}\n", 0o644)
     print(f"mini-llm: the facts are right; {len(facts['api_keys'])} keys")

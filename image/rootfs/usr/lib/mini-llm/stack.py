@@ -11,7 +11,7 @@ _LARGEST_HEADERS_BYTES = 16 << 10
 _WATCHDOG = "Watchdog"
 _LONGEST_ANSWER_S = 330  # the service's own limit for answers when it drains, and a little
 # Where each program listens; only Traefik's http and https are open to the outside.
-SERVICE, REPORT = "127.0.0.1:8080", "127.0.0.1:8083"
+SERVICE, TRAEFIK, REPORT, ROLLOUT = (f"127.0.0.1:{port}" for port in (8080, 8082, 8083, 8084))
 GRAFANA, PROMETHEUS, ALERTMANAGER = "127.0.0.1:3000", "127.0.0.1:9090", "127.0.0.1:9093"
 _BY_CLIENT = {"ipStrategy": {"ipv6Subnet": 64}}  # an IPv6 client has all addresses of its network
 
@@ -33,6 +33,18 @@ def prometheus_rules(facts: dict[str, Any] | None) -> str:
         return _as_json({"groups": []})
     rule = {"alert": _WATCHDOG, "expr": "vector(1)", "labels": {"severity": "none"}}
     return _as_json({"groups": [{"name": "watchdog", "rules": [rule]}]})
+
+
+def prometheus_file(document: dict[str, Any], node: str) -> str:
+    """The image's configuration, with this node's name on all that is measured.
+
+    The next node takes the history over, and what two nodes measured at the same time must not be one series.
+    """
+    jobs = [
+        {**job, "static_configs": [{**each, "labels": {"node": node}} for each in job["static_configs"]]}
+        for job in document["scrape_configs"]
+    ]
+    return _as_json({**document, "scrape_configs": jobs})
 
 
 def alertmanager_file(facts: dict[str, Any] | None) -> str:
@@ -99,7 +111,7 @@ def _traefik(facts: dict[str, Any]) -> dict[str, Any]:
         "entryPoints": {
             "http": {"address": ":80", "http": {**to_https, **small}, "transport": long},
             "https": {"address": ":443", "http": small, "transport": long},
-            "metrics": {"address": "127.0.0.1:8082"},
+            "metrics": {"address": TRAEFIK},
         },
         "providers": {"file": {"directory": "/etc/traefik/dynamic", "watch": True}},
         "metrics": {"prometheus": {"entryPoint": "metrics"}},
@@ -184,6 +196,11 @@ def _routes(facts: dict[str, Any] | None) -> dict[str, Any]:
         document["tls"]["certificates"] = [pair]
         # Also where a client asks by address, or by a name that the certificate does not have.
         document["tls"]["stores"] = {"default": {"defaultCertificate": pair}}
+    if facts and "proof" in facts:
+        # For who launches this node, by a key of its own; before the service's routes, whatever their length.
+        asked = {"rule": f"Host(`{facts['domain']}`) && Path(`/rollout`)", "priority": 1000, "service": "rollout"}
+        document["http"]["routers"]["rollout"] = {**own, **asked, "middlewares": ["hardened", "rate"]}
+        document["http"]["services"]["rollout"] = {"loadBalancer": _balanced(ROLLOUT)}
     if facts and "monitoring" in facts:
         _add_monitoring(document["http"], facts, own)
     return document

@@ -1,0 +1,178 @@
+"""A new node takes the old one's place under load: nothing fails, nothing is cut, and all that is kept goes along."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from hcloud.images import BoundImage
+
+from scripts.handover_key import make_pair
+from tests.image.acme import AcmeServer
+from tests.image.harness import DOMAIN
+from tests.image.load import Load, Way
+from tests.image.test_image import reachable_acme_server
+from tests.image.test_launch import KEYS, Deployment, api_key, deployment
+from tests.image.test_launch import program as program  # a fixture
+from tests.local_cloud.harness import LocalCloud, make_key, ssh
+
+_STREAM_TOKENS = 100
+MONITORING = {"user": "operator", "password_hash": "$apr1$x0$YPjvDL.FC0XgH2bMbL4uC."}
+
+
+def ways(ipv4: str, ipv6: str) -> dict[str, list[tuple[Way, float]]]:
+    """Six clients with streams back to back, one token every 5 s, ten looks a second; half of all on kept HTTP/1.1."""
+    kept, new = Way(ipv4, False, True), Way(ipv4, False, False)
+    kept_6, new_6 = Way(ipv6, False, True), Way(ipv6, False, False)
+    http2, new_http2_6 = Way(ipv4, True, True), Way(ipv6, True, False)
+    return {
+        "stream": [(kept, 0.0), (kept, 0.0), (kept_6, 0.0), (new, 0.0), (http2, 0.0), (new_6, 0.0)],
+        "short": [(new, 5.0)],
+        "look": [(kept, 0.4), (kept, 0.4), (new, 0.4), (http2, 1.0), (kept_6, 1.0), (new_6, 1.0), (new_http2_6, 1.0)],
+    }
+
+
+@contextmanager
+def rolled(
+    cloud: LocalCloud, image: BoundImage, program: str, folder: Path, **values: Any
+) -> Iterator[tuple[Deployment, AcmeServer]]:
+    """A deployment with an ordered certificate and a handover key, applied once; ``id_ed25519`` logs in."""
+    key = make_key(folder)
+    with reachable_acme_server(cloud, folder) as (server, acme):
+        root = folder / "root.pem"
+        server.write_root(root)
+        with deployment(
+            folder,
+            cloud,
+            program,
+            root,
+            image_id=image.id,
+            acme=acme,
+            handover=make_pair(datetime.now(UTC)),
+            ssh_public_keys={"test": key.with_suffix(".pub").read_text()},
+            **values,
+        ) as made:
+            code, said = made.run("apply", "-auto-approve", "-input=false", "-target=hcloud_floating_ip.service")
+            assert code == 0, said
+            addresses = {each.name: each.ip for each in cloud.client().floating_ips.get_all()}
+            for name in (DOMAIN, f"monitoring.{DOMAIN}"):
+                server.point(name, addresses["launch-ipv4"])
+            made.apply()
+            yield made, server
+
+
+def orders(server: AcmeServer) -> int:
+    """How many certificates were issued."""
+    return server.log.read_text().count("Issued certificate serial")
+
+
+def on_node(made: Deployment, command: str) -> str:
+    """What a command on the node that serves prints."""
+    return ssh(made.folder.parent / "id_ed25519", made.outputs()["node"]["ipv4"], command)
+
+
+def tokens_counted(made: Deployment, name: str) -> int:
+    """What the node that serves has on record for a key, over all nodes."""
+    query = f"SELECT sum(amount) FROM counters WHERE name LIKE 'tokens/%/key:{name}'"
+    lines = ["import sqlite3", "known = sqlite3.connect('/var/lib/mini-llm/counters.sqlite3')"]
+    lines.append(f'print(known.execute("{query}").fetchone()[0])')
+    return int(on_node(made, "\n".join(["python3 - <<'END'", *lines, "END"])))
+
+
+def verify_audit(made: Deployment) -> str:
+    """What the service's own look at the logs of all nodes says."""
+    return on_node(
+        made,
+        "cd /opt/mini-llm && venv/bin/python -m service audit verify /var/lib/mini-llm/audit"
+        " /var/lib/mini-llm/audit-before/*",
+    )
+
+
+def test_rollouts_under_load(
+    cloud: LocalCloud,
+    image: BoundImage,
+    program: str,
+    tmp_path: Path,
+) -> None:
+    """Three in a row, the last one back to the first keys: 0 failed, 0 cut, no certificate ordered, all counted."""
+    first_keys, other_keys = [api_key("alice")], [api_key("alice"), api_key("berta")]
+    for each in (*first_keys, *other_keys):
+        del each["limits"]
+    with rolled(cloud, image, program, tmp_path, api_keys=first_keys) as (made, server):
+        told, issued = made.outputs(), orders(server)
+        load = Load(DOMAIN, KEYS["alice"], tmp_path / "root.pem")
+        took_s, start_s = [], time.monotonic()
+        with load.running(_STREAM_TOKENS, ways(told["ipv4_address"], told["ipv6_address"])):
+            time.sleep(5)
+            for keys in (other_keys, [*other_keys, api_key("carla")], first_keys):
+                begin_s = time.monotonic()
+                said = made.apply(api_keys=keys)
+                print("\n".join(line for line in said.splitlines() if "serves after" in line or "note:" in line))
+                took_s.append(time.monotonic() - begin_s)
+            time.sleep(5)
+        print(load.describe())
+        for one in load.failed():
+            print(f"{one.began_s - start_s:.2f} + {one.took_s:.2f} s: {one.kind} {one.way} {one.end}")
+        print("rollouts:", ", ".join(f"{each:.1f} s" for each in took_s))
+        assert made.changes() == ""
+        assert load.failed() == []
+        connects = [one.connect_s for one in load.seen if one.connect_s is not None]
+        assert max(connects) <= 2.0
+        assert orders(server) == issued
+        assert tokens_counted(made, "alice") == sum(one.tokens for one in load.seen)
+        said = verify_audit(made)
+        print(said)
+        assert said.count("chain of") == 4
+        assert "\nwhole" in said
+        logs = "/var/lib/mini-llm/audit/*.jsonl /var/lib/mini-llm/audit-before/*/*.jsonl"
+        admitted = int(on_node(made, f"""cat {logs} | grep '"admitted"' | grep -c '"alice"'"""))
+        assert admitted == sum(one.kind != "look" for one in load.seen)
+
+
+def test_what_goes_wrong_leaves_the_old_node_serving(
+    cloud: LocalCloud, image: BoundImage, program: str, tmp_path: Path
+) -> None:
+    """Another handover key, a node that is not ready in time, Terraform killed, the old node dead: each apply heals."""
+    with rolled(cloud, image, program, tmp_path, api_keys=[api_key("alice")]) as (made, server):
+        address, issued = made.outputs()["ipv4_address"], orders(server)
+
+        def serves() -> bool:
+            return made.generate(address, KEYS["alice"]) == 200
+
+        good = made.values["handover"]
+        made.values["handover"] = make_pair(datetime.now(UTC))
+        code, said = made.run("apply", "-auto-approve", "-input=false")
+        assert code == 1
+        assert "do not have the same handover key" in " ".join(said.split())
+        assert "takeover: takeover: failed" in said  # its last log lines
+        assert serves()
+
+        made.values |= {"handover": good, "ready_timeout_s": 3}
+        code, said = made.run("apply", "-auto-approve", "-input=false")
+        assert code == 1
+        assert "not within 3 s" in said
+        assert serves()
+        made.apply(ready_timeout_s=120)
+        assert serves()
+        assert len(made.node_names()) == 1
+
+        for after_s in (2.0, 6.0, 11.0):
+            made.kill(after_s, api_keys=[api_key("alice"), api_key("berta" if after_s != 6.0 else "carla")])
+            assert serves()
+            made.sweep()
+            made.apply()
+            assert serves()
+            assert len(made.node_names()) == 1
+            assert made.changes() == ""
+
+        old = cloud.client().servers.get_by_name(made.outputs()["node"]["name"])
+        dying = threading.Timer(4.0, lambda: old.power_off())
+        dying.start()
+        made.apply(api_keys=[api_key("alice")])
+        dying.join()
+        assert serves()
+        assert len(made.node_names()) == 1
+        assert orders(server) == issued

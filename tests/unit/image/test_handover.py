@@ -1,0 +1,138 @@
+"""What a node hands over, and to whom."""
+
+import json
+import socket
+import ssl
+import struct
+import threading
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from scripts.handover_key import main, make_pair
+from service.counters import NodeStorage
+from tests.image.scripts import load_script
+
+handover = load_script("rootfs/usr/lib/mini-llm/handover.py")
+stack = load_script("rootfs/usr/lib/mini-llm/stack.py")
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Path:
+    """A deployment's key and certificate."""
+    for name, text in make_pair(datetime.now(UTC)).items():
+        (tmp_path / f"{name}.pem").write_text(text)
+    return tmp_path
+
+
+def ask(folder: Path, own: Path, request: bytes) -> bytes:
+    """What a node with the keys in ``folder`` answers to one with those in ``own``."""
+    ours, theirs = socket.socketpair()
+    serving = threading.Thread(target=handover.serve, args=(theirs, folder))
+    serving.start()
+    try:
+        with handover.make_context(own, ssl.PROTOCOL_TLS_CLIENT).wrap_socket(ours) as secured:
+            secured.sendall(request)
+            answer = b""
+            while piece := secured.recv(65536):
+                answer += piece
+            return answer
+    finally:
+        serving.join()
+        theirs.close()
+
+
+STATE = b"GET /state HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+
+
+def test_it_is_told_to_who_holds_the_key(keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As JSON over TLS 1.3; what nobody knows is not there."""
+    monkeypatch.setattr(handover, "count_open", lambda places: {"answers": 1, "connections": 2})
+    head, _, body = ask(keys, keys, STATE).partition(b"\r\n\r\n")
+    assert b" 200 " in head.splitlines()[0]
+    assert json.loads(body)["connections"] == 2
+    assert b" 404 " in ask(keys, keys, STATE.replace(b"/state", b"/etc/passwd")).splitlines()[0]
+
+
+def test_nobody_else_hears_anything(keys: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Whoever has another deployment's key."""
+    other = tmp_path_factory.mktemp("other")
+    for name, text in make_pair(datetime.now(UTC)).items():
+        (other / f"{name}.pem").write_text(text)
+    with pytest.raises((ssl.SSLError, ConnectionError)):
+        ask(keys, other, STATE)
+
+
+def test_counters_are_read_while_the_service_counts(tmp_path: Path) -> None:
+    """Those of tokens alone, none that were taken over from somebody else under another name."""
+    storage = NodeStorage(tmp_path / "counters.sqlite3")
+    storage.incr("tokens/1/key:alice", 1000, 7)
+    storage.inherit({"tokens/1/key:alice": (5, 4e9)})
+    assert handover.read_counters(tmp_path / "counters.sqlite3") == {"tokens/1/key:alice": (12, 4e9)}
+    storage.close()
+
+
+def test_traefik_ends_connections_with_their_next_answers(tmp_path: Path) -> None:
+    """By a header on every route; all else stays, and what it reads is never half there."""
+    (tmp_path / "dynamic").mkdir()
+    facts = {"domain": "llm.example.org", "proof": {"sha256": "0" * 64}}
+    text = stack.traefik_files(facts)["dynamic/node.yaml"]
+    (tmp_path / "dynamic" / "node.yaml").write_text(text)
+    handover.end_connections(tmp_path)
+    before, after = json.loads(text), json.loads((tmp_path / "dynamic" / "node.yaml").read_text())
+    assert all("hardened" in router["middlewares"] for router in after["http"]["routers"].values())
+    headers = after["http"]["middlewares"]["hardened"]["headers"]["customResponseHeaders"]
+    assert headers.pop("Connection") == "close"
+    assert after == before
+    assert [path.name for path in (tmp_path / "dynamic").iterdir()] == ["node.yaml"]
+
+
+def test_a_knock_is_an_acknowledgement_of_nothing() -> None:
+    """With a checksum that adds up, or the kernel there would drop it whatever the firewall does."""
+    segment = handover.make_knock("192.0.2.1", "198.51.100.2")
+    assert struct.unpack("!HH", segment[:4]) == (40_000, 443)
+    assert segment[13] == 0x10
+    pseudo = socket.inet_aton("192.0.2.1") + socket.inet_aton("198.51.100.2") + struct.pack("!BBH", 0, 6, 20)
+    total = sum(struct.unpack("!16H", pseudo + segment))
+    assert (total & 0xFFFF) + (total >> 16) == 0xFFFF
+
+
+def test_what_is_open(tmp_path: Path) -> None:
+    """Running and waiting answers, clients' connections; None of a program that is gone, not 0."""
+    (tmp_path / "key").write_text("k")
+    told = {
+        stack.SERVICE: "# HELP x\nllm_requests_in_flight 1.0\nllm_queue_depth 4.0\n",
+        stack.TRAEFIK: 'traefik_open_connections{entrypoint="https",protocol="TCP"} 7\n'
+        'traefik_open_connections{entrypoint="metrics",protocol="TCP"} 1\n',
+    }
+    places = handover.Places(scraping_key=tmp_path / "key")
+    assert handover.count_open(places, lambda address, *_: told[address]) == {"answers": 5, "connections": 7}
+
+    def refuse(*_: str) -> str:
+        raise OSError("refused")
+
+    assert handover.count_open(places, refuse) == {"answers": None, "connections": None}
+
+
+def test_a_node_holds_the_addresses_until_it_has_a_successor(tmp_path: Path) -> None:
+    """And never before somebody asked there."""
+    assert handover.holds_since(tmp_path) is None
+    (tmp_path / "arrived").touch()
+    assert handover.holds_since(tmp_path) > 0
+    (tmp_path / "successor").write_text("next\n")
+    assert handover.holds_since(tmp_path) is None
+
+
+def test_the_key_is_made_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """For its owner alone; a second time changes nothing, and a place that is none is told."""
+    path = tmp_path / "handover.auto.tfvars.json"
+    assert main([str(path)]) == 0
+    first = path.read_text()
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert set(json.loads(first)["handover"]) == {"certificate", "key"}
+    assert main([str(path)]) == 0
+    assert path.read_text() == first
+    assert main([str(tmp_path / "none" / "file")]) == 1
+    assert main(["a", "b"]) == 2
+    assert "cannot be written" in capsys.readouterr().err

@@ -1,0 +1,255 @@
+"""How a new node finds the one that serves, and what it brings over from it."""
+
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.image.scripts import load_script
+
+takeover = load_script("rootfs/usr/lib/mini-llm/takeover.py")
+handover = takeover.handover
+ADDRESSES = ("203.0.113.5", "2001:db8::1")
+IDLE = {"answers": 0, "connections": 0}
+
+
+def told(node: str, since_s: float | None = None, successor: str | None = None) -> dict[str, Any]:
+    return {"node": node, "holds_since_s": since_s, "successor": successor, **IDLE}
+
+
+@pytest.mark.parametrize(
+    ("states", "chosen"),
+    [
+        ({}, None),
+        ({"a": told("a")}, None),  # one that never got the addresses
+        ({"a": told("a"), "b": told("b", 5.0)}, "b"),
+        ({"a": told("a", 9.0), "b": told("b", 5.0)}, "a"),
+        ({"a": told("a", None, "me"), "b": told("b", 5.0)}, "a"),  # this node was there already, and started again
+        ({"a": told("a", None, "other")}, None),
+    ],
+)
+def test_the_predecessor_is_who_the_addresses_lead_to(states: dict[str, Any], chosen: str | None) -> None:
+    """Of several the one that got them last."""
+    assert takeover.choose(states, "me") == chosen
+
+
+def test_a_neighbour_is_asked_before_it_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is busy is asked again, one that hangs is noted, and one with another key stops everything."""
+    answers: dict[str, list[Any]] = {}
+
+    class Peer:
+        def __init__(self, address: str, context: Any):
+            self.address = address
+
+        def tell(self, path: str) -> dict[str, Any]:
+            answer = answers[self.address].pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return dict(answer)
+
+        def close(self) -> None:
+            """Nothing is open."""
+
+    monkeypatch.setattr(takeover, "Peer", Peer)
+    board = takeover.Board(tmp_path / "board.json")
+    gone, refused = takeover.Gone("a does not answer"), takeover.Refused("another key")
+    answers = {"a": [gone, gone, told("old", 5.0)]}
+    assert takeover.find_predecessor(answers, None, board).address == "a"
+    assert board.state.predecessor == "old"
+    answers = {"a": [gone] * 3, "b": [told("never", None)]}
+    assert takeover.find_predecessor(answers, None, board) is None
+    assert board.state.notes == ("a does not answer: nothing is taken over from it",)
+    answers = {"a": [refused], "b": [told("never", None)]}
+    with pytest.raises(takeover.Refused, match="another key"):
+        takeover.find_predecessor(answers, None, board)
+    answers = {"a": [refused], "b": [told("old", 1.0)]}
+    assert takeover.find_predecessor(answers, None, board).address == "b"
+
+
+def test_the_neighbourhood() -> None:
+    """The deployment's own network, if it is small enough to look through."""
+    text = "- ip: 10.77.0.3\n  network: 10.77.0.0/24\n  mac_address: 86:00:00:00:00:0a\n"
+    found = takeover.read_neighbourhood(text)
+    assert (found.own, str(found.network)) == ("10.77.0.3", "10.77.0.0/24")
+    assert takeover.read_neighbourhood("") is None
+    with pytest.raises(ValueError, match="too large"):
+        takeover.read_neighbourhood(text.replace("/24", "/8").replace("10.77.0.0", "10.0.0.0"))
+    for damaged in ("- 5\n", "{", "- ip: 10.77.0.3\n"):
+        with pytest.raises(ValueError, match=r"no list of them|address"):
+            takeover.read_neighbourhood(damaged)
+
+
+class Network:
+    """Answers to what the takeover asks: the kernel's tables, and the old node. Time goes on with each sleep."""
+
+    def __init__(self) -> None:
+        self.time_s, self.arrived, self.calls = 0.0, set[str](), list[str]()
+        self.gone_since_s: float | None = None
+        self.ready_s = 0.0
+        self.open = {"answers": 2, "connections": 5}
+        self.events: dict[float, Any] = {}
+
+    def ask(self, command: list[str], text: str = "") -> str:
+        assert command == ["nft", "--json", "list", "table", "inet", "rollout"]
+        sets = [
+            {"set": {"name": name, "elem": [one for one in self.arrived if (":" in one) == (name[-1] == "6")]}}
+            for name in ("arrived_4", "arrived_6")
+        ]
+        return json.dumps({"nftables": [{"metainfo": {}}, *sets]})
+
+    def tell(self, path: str, body: dict[str, Any] | None = None, timeout_s: float = 0) -> dict[str, Any]:
+        if self.gone_since_s is not None and self.time_s >= self.gone_since_s:
+            raise takeover.Gone("it is gone")
+        more = "" if body is None else f" {body.get('seconds', '')}{','.join(body.get('addresses', []))}"
+        self.calls.append(path + more)
+        return {**self.open, "counters": {}, "revoked": []}
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def sleep(self, seconds: float) -> None:
+        self.time_s += seconds
+        for at_s in [at_s for at_s in self.events if at_s <= self.time_s]:
+            self.events.pop(at_s)()
+        assert self.time_s < 2000, "it waits for ever"
+
+
+def make(tmp_path: Path, network: Network) -> Any:
+    for name in ("state", "node"):
+        (tmp_path / name).mkdir()
+    places = handover.Places(state=tmp_path / "state", node=tmp_path / "node")
+    board = takeover.Board(tmp_path / "board.json")
+    return takeover.Takeover(
+        board,
+        places,
+        tmp_path / "control",
+        "eth0",
+        ADDRESSES,
+        lambda: network.time_s >= network.ready_s,
+        network.ask,
+        lambda: network.time_s,
+        network.sleep,
+    )
+
+
+def test_the_old_node_is_followed_to_its_last_answer(tmp_path: Path) -> None:
+    """IPv6 has come, then IPv4, which moves last and stands for both; then until no connection is left."""
+    network = Network()
+    own = make(tmp_path, network)
+    network.events = {
+        5.0: lambda: network.arrived.add(ADDRESSES[1]),
+        7.0: lambda: network.arrived.add(ADDRESSES[0]),
+        40.0: lambda: network.open.update(connections=0, answers=0),
+    }
+    own.follow(network)
+    moves = [call for call in network.calls if call.startswith("/moved")]
+    assert moves == [f"/moved {ADDRESSES[1]}", f"/moved {','.join(sorted(ADDRESSES))}"]
+    assert own.board.state.state == "moved"
+    assert 40 <= network.time_s < 43
+    assert (tmp_path / "node" / "arrived").exists()
+    assert json.loads((tmp_path / "board.json").read_text())["state"] == "moved"
+
+
+def test_connections_on_which_nobody_asks_do_not_hold_it_up(tmp_path: Path) -> None:
+    """Nor does an answer that takes longer than any may."""
+    for answers, at_least_s, at_most_s in ((0, 10, 15), (2, 330, 335)):
+        network = Network()
+        network.arrived, network.open = set(ADDRESSES), {"answers": answers, "connections": 3}
+        folder = tmp_path / str(answers)
+        folder.mkdir()
+        make(folder, network).follow(network)
+        assert at_least_s <= network.time_s <= at_most_s
+
+
+@pytest.mark.parametrize(("gap_s", "at_least_s", "noted"), [(60.0, 60, False), (None, 300, True)])
+def test_where_flows_would_be_cut_a_moment_without_answers_is_waited_for(
+    tmp_path: Path, gap_s: float | None, at_least_s: float, noted: bool
+) -> None:
+    """Once this node could serve; then new connections are kept waiting. If there is no such moment, that is told."""
+    network = Network()
+    own = make(tmp_path, network)
+    own.board.tell(flows="cut")
+    network.ready_s = 8.0
+    if gap_s is not None:
+        network.events[gap_s] = lambda: network.open.update(answers=0, connections=0)
+    own.wait_for_gap(network)
+    assert [call for call in network.calls if call != "/sync"] == ["/hold 0", "/hold 30"]
+    assert at_least_s <= network.time_s <= at_least_s + 30
+    assert bool(own.board.state.notes) == noted
+
+
+def test_a_node_that_dies_is_waited_for_a_while(tmp_path: Path) -> None:
+    """Then this one goes on alone; an interruption is none."""
+    network = Network()
+    own = make(tmp_path, network)
+    network.gone_since_s = 30.0
+    with pytest.raises(takeover.Gone):
+        own.follow(network)
+    assert 49 <= network.time_s <= 53
+    assert own.board.state.state == "prepared"
+
+
+def test_revoked_keys_are_only_added(tmp_path: Path) -> None:
+    """What is no hash is nothing."""
+    path = tmp_path / "revoked"
+    takeover.revoke(path, ["a" * 64, "nonsense", "../x"])
+    takeover.revoke(path, ["b" * 64])
+    assert path.read_text().split() == ["a" * 64, "b" * 64]
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+class Answer(io.BytesIO):
+    status = 200
+
+
+def archive(files: dict[str, str]) -> Answer:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w|") as writing:
+        for name, text in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(text)
+            writing.addfile(info, io.BytesIO(text.encode()))
+    return Answer(packed.getvalue())
+
+
+def test_history_is_blocks_and_nothing_else(tmp_path: Path) -> None:
+    """What is there already stays; nothing lands beside its place."""
+    block, known = "01HZZZZZZZZZZZZZZZZZZZZZZZ", "01HYYYYYYYYYYYYYYYYYYYYYYY"
+    (tmp_path / known).mkdir()
+    (tmp_path / known / "meta.json").write_text("mine")
+    files = {f"{block}/meta.json": "{}", f"{known}/meta.json": "other", "wal/0001": "x"}
+    assert takeover.take_history(archive(files), tmp_path) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == [known, block]
+    assert (tmp_path / known / "meta.json").read_text() == "mine"
+    with pytest.raises(tarfile.TarError):
+        takeover.take_history(archive({"../outside": "x"}), tmp_path)
+    assert not (tmp_path.parent / "outside").exists()
+
+
+def test_audit_logs_of_nodes_before_are_kept_up_to_a_bound(tmp_path: Path) -> None:
+    """The oldest nodes' go first, whole."""
+    for number in range(3):
+        files = {f"node-{number}/audit-{seq:012d}.jsonl": "x" for seq in range(1, 15)}
+        takeover.take_audit(archive(files), tmp_path)
+        os.utime(tmp_path / "audit-before" / f"node-{number}", (number, number))
+    assert sorted(path.name for path in (tmp_path / "audit-before").iterdir()) == ["node-1", "node-2"]
+
+
+def test_what_arrived_and_what_was_let_through() -> None:
+    """As nft tells it, with and without a time at an element."""
+    listed = json.dumps(
+        {
+            "nftables": [
+                {"set": {"name": "arrived_4", "elem": ["203.0.113.5"]}},
+                {"set": {"name": "arrived_6", "elem": [{"elem": {"val": "2001:db8::1", "expires": 5}}]}},
+                {"set": {"name": "knocked", "elem": ["198.51.100.1"]}},
+            ]
+        }
+    )
+    assert takeover.read_arrived(listed) == set(ADDRESSES)
+    assert takeover.was_knocked(listed, "198.51.100.1")
+    assert not takeover.was_knocked(listed, "203.0.113.5")

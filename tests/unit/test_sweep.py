@@ -1,0 +1,77 @@
+"""What an apply that was killed has left: found, told, removed; nothing else ever."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts import sweep
+from scripts.bake.errors import Refused
+from scripts.sweep import Resource, find_left, main, read_state
+
+SERVER = Resource("hcloud_server", 1, "mini-llm-a", ("203.0.113.5",))
+OTHER = Resource("hcloud_server", 2, "mini-llm-b")
+KEY = Resource("hcloud_ssh_key", 2, "mini-llm-me")
+ADDRESS = Resource("hcloud_floating_ip", 3, "mini-llm-ipv4", protected=True)
+STATE = json.dumps(
+    {
+        "resources": [
+            {
+                "type": "hcloud_server",
+                "instances": [{"attributes": {"id": "1"}}, {"deposed": "x", "attributes": {"id": "2"}}],
+            },
+            {"type": "terraform_data", "instances": [{"attributes": {"id": "no-number"}}]},
+        ]
+    }
+)
+
+
+def test_a_state_is_all_that_it_will_see_to() -> None:
+    """What it only wants to delete as well; an empty one knows nothing, and what is none is refused."""
+    assert read_state(STATE) == {("hcloud_server", 1), ("hcloud_server", 2)}
+    assert read_state("") == set()
+    for damaged in ("{", "[]", '{"resources": [{}]}'):
+        with pytest.raises(Refused):
+            read_state(damaged)
+
+
+def test_what_stands_in_no_state_is_left() -> None:
+    """By type and id; what is protected stays."""
+    assert find_left([SERVER, OTHER, KEY, ADDRESS], {("hcloud_server", 1)}) == [OTHER, KEY]
+    assert find_left([SERVER, OTHER], read_state(STATE)) == []
+
+
+def test_what_serves_is_never_left() -> None:
+    """A node that an address leads to is another state's, and then all of it may be."""
+    with pytest.raises(Refused, match=r"mini-llm-a stands not in this state, but 203\.0\.113\.5 leads to it"):
+        find_left([SERVER, OTHER, KEY], {("hcloud_server", 2)})
+
+
+@pytest.mark.parametrize(("words", "removed", "code"), [([], [], 1), (["--yes"], [2], 0)])
+def test_it_tells_and_only_then_removes(
+    words: list[str],
+    removed: list[int],
+    code: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """And says each by its name."""
+    gone: list[int] = []
+
+    class Cloud:
+        def __init__(self, access: Any) -> None:
+            """Nothing is asked of it."""
+
+        def delete_labelled(self, collection: str, number: int, name: str, end_s: float) -> None:
+            assert collection == "ssh_keys"
+            gone.append(number)
+
+    monkeypatch.setattr(sweep, "Cloud", Cloud)
+    monkeypatch.setattr(sweep, "find_access", lambda: None)
+    monkeypatch.setattr(sweep, "list_resources", lambda cloud, deployment: [SERVER, OTHER, KEY])
+    monkeypatch.setattr(sweep, "run_terraform", lambda *words: STATE.splitlines())
+    assert main(["--folder", str(tmp_path), *words]) == code
+    assert gone == removed
+    assert "ssh key mini-llm-me (2)" in capsys.readouterr().out
