@@ -8,7 +8,7 @@ import signal
 import sqlite3
 import sys
 import threading
-from ipaddress import IPv4Network
+from ipaddress import IPv4Network, ip_address
 from pathlib import Path
 
 from scripts.local_cloud.api.app import pad_token
@@ -59,6 +59,7 @@ def _run(options: argparse.Namespace) -> int:
         plan=options.faults,
         old_clients=options.old_clients,
         forgets_moved_flows=options.forget_moved_flows,
+        resolvers=options.resolver,
     )
     stopping = threading.Event()
 
@@ -73,6 +74,7 @@ def _run(options: argparse.Namespace) -> int:
         page = cloud.endpoint.removesuffix("v1")
         _say(f"the local cloud runs; look at it on {page}, end it with Ctrl-C")
         _say(f"consoles: {options.state}/consoles, calls: {options.state}/calls.jsonl")
+        _say(f"names in its zones, and all others, are answered at {cloud.machines.network.name_server_address}")
         if pad_token(settings.token) != settings.token:
             _say(f"Terraform's provider wants 64 characters; this token does as well: {pad_token(settings.token)}")
         _show(f"export HCLOUD_ENDPOINT={cloud.endpoint}")
@@ -102,6 +104,15 @@ def _parse_allowance(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
     return number
+
+
+def _parse_resolvers(text: str) -> tuple[str, ...]:
+    if text == "none":
+        return ()
+    try:
+        return (str(ip_address(text)),)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError("must be an IP address, or none") from error
 
 
 def _show(line: str) -> None:
@@ -137,6 +148,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
             command.add_argument("--token", default="local", help="the token that clients send")
             command.add_argument("--requests-per-hour", type=_parse_allowance, default=3600, help="before 429")
             command.add_argument("--faults", type=Path, help="a plan of faults, as JSON")
+            command.add_argument(
+                "--resolver",
+                type=_parse_resolvers,
+                help="who is asked for names that are in no zone, an address or none; the host's own if not given",
+            )
             command.add_argument(
                 "--old-clients", action="store_true", help="answer fields that the API removed in 2026 (Packer's 1.0.5)"
             )

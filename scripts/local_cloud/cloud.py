@@ -27,7 +27,8 @@ class CloudSettings:
     """What a cloud is told: where its state and the base image's cache lie, where it listens, what it begins with.
 
     ``addresses`` are the servers' public ones; ``plan`` is a file of faults; ``old_clients`` answers removed fields;
-    ``forgets_moved_flows`` is how firewalls take moved flows.
+    ``forgets_moved_flows`` is how firewalls take moved flows; ``resolvers`` are asked for names in no zone, None stands
+    for the host's.
     """
 
     state: Path
@@ -39,6 +40,7 @@ class CloudSettings:
     plan: Path | None
     old_clients: bool
     forgets_moved_flows: bool
+    resolvers: tuple[str, ...] | None
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,13 @@ def running_cloud(settings: CloudSettings, log: Callable[[str], None]) -> Iterat
             project.life.notice_off(server_id)
 
     machines = LocalMachines(
-        settings.state, settings.cache, str(settings.addresses), on_off, log, settings.forgets_moved_flows
+        settings.state,
+        settings.cache,
+        str(settings.addresses),
+        on_off,
+        log,
+        settings.forgets_moved_flows,
+        settings.resolvers,
     )
     with ExitStack() as ends:
         machines.prepare()

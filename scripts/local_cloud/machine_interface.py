@@ -56,6 +56,28 @@ class PrivateLink:
     routes: tuple[tuple[str, str], ...]
 
 
+@dataclass(frozen=True)
+class RecordSet:
+    """What DNS says of one name and one type, such as ``TXT``.
+
+    ``name`` is whole, without a dot at its end; ``values`` are as in zone files, names in them relative to the zone
+    unless a dot ends them.
+    """
+
+    name: str
+    type: str
+    ttl_s: int
+    values: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Zone:
+    """A part of the DNS; ``record_sets`` hold a SOA of its own name, and no two of the same name and type."""
+
+    name: str
+    record_sets: tuple[RecordSet, ...]
+
+
 class Machines(Protocol):
     """Servers and images by the ids that the API gave them; any method may be called from any thread.
 
@@ -118,6 +140,17 @@ class Machines(Protocol):
         Other servers, the metadata and whoever reaches the server from the host are not concerned. Holds until the disk
         is deleted or the local cloud ends.
         """
+        ...
+
+    def set_zone(self, zone: Zone) -> None:
+        """Has the cloud's name server answer for a zone, in place of what it said before; at once.
+
+        Holds until the local cloud ends.
+        """
+        ...
+
+    def remove_zone(self, name: str) -> None:
+        """Has the cloud's name server not know a zone any more; one that it does not know is no error."""
         ...
 
     def snapshot(self, server_id: int, image_id: int) -> float:

@@ -5,6 +5,8 @@ from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_network
 
 from scripts.local_cloud.machine_interface import FirewallRule
 
+NAMES_PORT = 53  # of the cloud's name server
+
 _ADDRESS = {"in": "saddr", "out": "daddr"}
 
 
@@ -41,7 +43,11 @@ def table(server_id: int, link: str, rules: Iterable[FirewallRule], forgets_move
         lines += ["}"]
     lines += ["chain forward {", "type filter hook forward priority filter"]
     lines += [f"{side} jump public_{direction}" for direction, side in sides.items()]
-    lines += ["}", "}"]
+    lines += ["}"]
+    if "out" in filtered:  # the name server is in the cloud's own namespace, to which nothing is forwarded
+        lines += ["chain input {", "type filter hook input priority filter"]
+        lines += [f'iifname "{link}" meta l4proto {{ tcp, udp }} th dport {NAMES_PORT} jump public_out', "}"]
+    lines += ["}"]
     return removal(server_id) + "\n".join(lines) + "\n"
 
 

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO
 
-from scripts.local_cloud.machine_interface import FirewallRule, MachineFailed, MachineSpec, PrivateLink
-from scripts.local_cloud.machines import base_image, seed
+from scripts.local_cloud.machine_interface import FirewallRule, MachineFailed, MachineSpec, PrivateLink, Zone
+from scripts.local_cloud.machines import base_image, seed, zone_answers
 from scripts.local_cloud.machines.cgroups import ControlGroups
 from scripts.local_cloud.machines.container import Containers, Launch, kill_leftovers, machine_name
 from scripts.local_cloud.machines.host import check_host
 from scripts.local_cloud.machines.host_settings import NAMESPACES
 from scripts.local_cloud.machines.metadata import MetadataService
+from scripts.local_cloud.machines.name_server import NameServer, parse_resolvers
 from scripts.local_cloud.machines.network import Network, tag_of
 from scripts.local_cloud.machines.pool import Pool
 
@@ -23,6 +24,7 @@ DEFAULT_RANGE = "198.18.0.0/16"
 _ORDERLY_STOP_S = 10.0
 _PRESS_AGAIN_S = 0.5
 _WATCH_S = 0.5
+_HOST_RESOLVERS = Path("/etc/resolv.conf")
 _NSPAWN_RUNTIME = Path("/run/systemd/nspawn")
 
 
@@ -32,6 +34,7 @@ class LocalMachines:
     ``state`` holds disks, images and consoles; ``cache`` the base image; ``address_range`` is where the servers'
     public IPv4 addresses lie. ``on_off(server_id)`` is called from a thread of its own when a server went off and
     nobody had called ``power_off``. ``log`` takes lines for people. ``forgets_moved_flows``: see ``firewall.table``.
+    ``resolvers`` are asked for the names that are in no zone; None stands for those of the host.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class LocalMachines:
         on_off: Callable[[int], None] = lambda server_id: None,
         log: Callable[[str], None] = lambda line: None,
         forgets_moved_flows: bool = False,
+        resolvers: tuple[str, ...] | None = None,
     ) -> None:
         self._state = state.resolve()
         self._cache = cache
@@ -53,7 +57,11 @@ class LocalMachines:
         self._containers = Containers(self._server_ended, on_off, log)
         self._base = ""
         self._specs: dict[int, MachineSpec] = {}
-        self._resolvers: list[str] = []
+        self._given_resolvers = resolvers
+        self._resolvers = [self.network.name_server_address]  # of the servers
+        self._zones: dict[str, zone_answers.LoadedZone] = {}  # never changed, but replaced: it is read meanwhile
+        self._naming = threading.Lock()
+        self._names: NameServer | None = None
         self._metadata: MetadataService | None = None
         self._lock_file: IO[str] | None = None
         self._closing = threading.Event()
@@ -79,7 +87,13 @@ class LocalMachines:
                 self.pool.unpack(base_image.cached_tar(self._cache, self._log), self._base)
             self.pool.keep_only("base", image)
             self.network.open()
-            self._resolvers = self.network.resolvers()
+            self._names = NameServer(
+                NAMESPACES / self.network.namespace,
+                self.network.name_server_address,
+                lambda: self._zones.values(),
+                self._find_resolvers,
+                self._is_cut_off,
+            )
             self._metadata = MetadataService(
                 NAMESPACES / self.network.namespace,
                 self._find_by_address,
@@ -202,6 +216,15 @@ class LocalMachines:
     def cut_off(self, server_id: int, cut: bool) -> None:
         self.network.cut_off(server_id, cut)
 
+    def set_zone(self, zone: Zone) -> None:
+        loaded = zone_answers.load(zone)
+        with self._naming:
+            self._zones = {**self._zones, zone.name: loaded}
+
+    def remove_zone(self, name: str) -> None:
+        with self._naming:
+            self._zones = {other: zone for other, zone in self._zones.items() if other != name}
+
     def snapshot(self, server_id: int, image_id: int) -> float:
         self.pool.copy(f"servers/{server_id}", f"images/{image_id}")
         return self.pool.held_gb(f"images/{image_id}")
@@ -215,6 +238,20 @@ class LocalMachines:
 
     def _find_by_address(self, address: str) -> MachineSpec | None:
         return next((spec for spec in list(self._specs.values()) if spec.ipv4 == address), None)
+
+    def _find_resolvers(self) -> list[str]:
+        """Whom to ask for names that are in no zone; the host's may change while a cloud runs."""
+        if self._given_resolvers is not None:
+            return list(self._given_resolvers)
+        try:
+            text = _HOST_RESOLVERS.read_text(errors="replace")
+        except OSError:
+            return []
+        return parse_resolvers(text, self.network.name_server_address)
+
+    def _is_cut_off(self, address: str) -> bool:
+        spec = self._find_by_address(address)
+        return self.network.is_cut_off(spec.server_id if spec else self.network.find_floating(address))
 
     def _server_ended(self, server_id: int) -> None:
         for path in _NSPAWN_RUNTIME.glob(f"*/{machine_name(self.tag, server_id)}"):
@@ -245,6 +282,9 @@ class LocalMachines:
         if self._watcher is not None:
             self._watcher.join()
             self._watcher = None
+        if self._names is not None:
+            self._names.close()
+            self._names = None
         if self._metadata is not None:
             self._metadata.close()
             self._metadata = None

@@ -91,16 +91,6 @@ def namespaces_of(tag: str, names: list[str]) -> list[str]:
     return sorted((name for name in names if name == own or name.startswith(f"{own}-")), key=len, reverse=True)
 
 
-def nameservers(texts: list[str]) -> list[str]:
-    """The first list of resolvers, from texts in the form of ``resolv.conf``, that a server can reach."""
-    for text in texts:
-        words = [line.split() for line in text.splitlines()]
-        found = [line[1] for line in words if len(line) > 1 and line[0] == "nameserver" and not _is_local(line[1])]
-        if found:
-            return found
-    return []
-
-
 def find_overlap(wanted: ipaddress.IPv4Network, routes: str) -> str | None:
     """The destination of a route of the host, from ``ip -json route``, that has addresses in a range; None if none."""
     for route in json.loads(routes):
@@ -127,6 +117,7 @@ class Network:
         self._table = f"mlc_{tag}"
         self._log = log
         self._floating: dict[str, int] = {}  # network -> server
+        self._cut_off: set[int] = set()
         self._routing = threading.Lock()
 
     def server_namespace(self, server_id: int) -> str:
@@ -169,6 +160,7 @@ class Network:
     def close(self) -> None:
         """Removes all of it, a killed predecessor's too; what is not there is no error."""
         self._floating.clear()
+        self._cut_off.clear()
         self.private.forget()
         for path in self.namespaces():
             self._remove_namespace(path.name)
@@ -245,14 +237,22 @@ class Network:
         """Keeps what a server itself begins from leaving the cloud, or lets it; its link need not be there."""
         element = f'element inet {self._table} cut_off {{ "{link_name(server_id)}" }}\n'
         self._in_cloud(["nft", "-f", "-"], stdin=f"add {element}" + ("" if cut else f"delete {element}"))
+        (self._cut_off.add if cut else self._cut_off.discard)(server_id)
 
-    def resolvers(self) -> list[str]:
-        """The host's name servers as a server can reach them; none, and a line in the log, if they are all local."""
-        paths = [Path("/etc/resolv.conf"), Path("/run/systemd/resolve/resolv.conf")]
-        found = nameservers([path.read_text(errors="replace") for path in paths if path.exists()])
-        if not found:
-            self._log("the host resolves names by a service on its loopback address, which servers cannot reach")
-        return found
+    @property
+    def name_server_address(self) -> str:
+        """Where the cloud's name server is reached, by the host and by servers; no other cloud has it."""
+        return transfer_addresses(self.tag)[1]
+
+    def is_cut_off(self, server_id: int | None) -> bool:
+        """Whether a server is kept from reaching the outside; nobody is not."""
+        return server_id in self._cut_off
+
+    def find_floating(self, address: str) -> int | None:
+        """The server that a floating address is led to, or None."""
+        wanted = ipaddress.ip_network(address)
+        with self._routing:
+            return next((each for network, each in self._floating.items() if network == str(wanted)), None)
 
     def _has_link(self, server_id: int) -> bool:
         return succeeds(["ip", "-n", self.namespace, "link", "show", link_name(server_id)])
@@ -299,11 +299,3 @@ class Network:
     def _remove_namespace(self, name: str) -> None:
         if not succeeds(["ip", "netns", "delete", name]):  # made by half: a file without its mount
             (NAMESPACES / name).unlink(missing_ok=True)
-
-
-def _is_local(address: str) -> bool:
-    try:
-        parsed = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return True
-    return parsed.is_loopback or parsed.is_link_local

@@ -19,6 +19,7 @@ from scripts.local_cloud.machines import (
     container,
     firewall,
     host,
+    inner_sockets,
     metadata,
     network,
     pool,
@@ -90,14 +91,6 @@ def test_namespaces_of_a_cloud_are_told_from_others() -> None:
     """Only names with the cloud's own tag are its own, and all others go before the one that is only its tag."""
     names = ["mlc-abcdef", "mlc-abcdef-1", "mlc-abcdef-n9", "mlc-abcdeff", "mlc-123456-1", "blue"]
     assert network.namespaces_of("abcdef", names) == ["mlc-abcdef-n9", "mlc-abcdef-1", "mlc-abcdef"]
-
-
-def test_resolvers_on_loopback_are_of_no_use_to_servers() -> None:
-    """The first file with an address that servers can reach counts."""
-    stub = "nameserver 127.0.0.53\noptions edns0\n"
-    assert network.nameservers([stub, "nameserver 192.0.2.1\nnameserver 192.0.2.2\n"]) == ["192.0.2.1", "192.0.2.2"]
-    assert network.nameservers([stub]) == []
-    assert network.nameservers(["nameserver nonsense\n"]) == []
 
 
 def test_the_seed_says_who_the_server_is() -> None:
@@ -241,6 +234,7 @@ def test_a_rule_for_going_out_closes_that_way_too() -> None:
     text = firewall.table(7, "s7", (FirewallRule("out", "udp", ("192.0.2.1/32",), (53, 53)),))
     assert 'iifname "s7" jump public_out' in text
     assert "ip daddr 192.0.2.1/32 meta l4proto udp th dport 53-53 accept\n" in text
+    assert 'iifname "s7" meta l4proto { tcp, udp } th dport 53 jump public_out' in text  # to the cloud's name server
     assert text.count("\ndrop\n") == 2
 
 
@@ -354,7 +348,7 @@ def test_routes_of_the_host_keep_a_range_from_being_taken_twice() -> None:
 
 def test_a_server_has_few_calls_to_the_metadata_at_once() -> None:
     """The next one is turned away until one has ended; other servers do not notice."""
-    server = metadata.CallerServer(("127.0.0.1", 0), BaseHTTPRequestHandler, bind_and_activate=False)
+    server = inner_sockets.CallerServer(socket.socket(), BaseHTTPRequestHandler)
     try:
         taken = [server.verify_request(None, ("198.18.0.7", port)) for port in range(40)]
         assert taken == [True] * 16 + [False] * 24
