@@ -33,6 +33,7 @@ _RESOURCES = (
     "server_types",
     "servers",
     "ssh_keys",
+    "zones",
 )
 _KEPT = ("type", "enum", "required", "minimum", "maximum", "minLength", "maxLength", "pattern", "minItems", "maxItems")
 _JSON = "application/json"

@@ -11,7 +11,6 @@ _ABSENT = {
     "load_balancers": "load balancer",
     "load_balancer_types": "load balancer type",
     "certificates": "certificate",
-    "zones": "zone",
 }
 
 

@@ -7,6 +7,7 @@ import falcon
 from scripts.local_cloud.api.errors import Gone, InvalidInput, NotFound
 from scripts.local_cloud.api.listing import answer_list, filter_any
 from scripts.local_cloud.api.project import Project
+from scripts.local_cloud.api.zones import find_zone, is_id
 
 Document = dict[str, Any]
 
@@ -72,6 +73,20 @@ class _ResourceActions:
         resp.media = {"action": _require(found, action_id)}
 
 
+class _ZoneActions(_ResourceActions):
+    """Zones are named in paths by their names as well."""
+
+    def _find_id(self, id_or_name: str) -> int:
+        # By its id, the actions of a zone that is gone can still be read.
+        return int(id_or_name) if is_id(id_or_name) else find_zone(self._project, id_or_name)["id"]
+
+    def on_get_zone(self, req: falcon.Request, resp: falcon.Response, id_or_name: str) -> None:
+        self.on_get_own(req, resp, self._find_id(id_or_name))
+
+    def on_get_zone_member(self, req: falcon.Request, resp: falcon.Response, id_or_name: str, action_id: int) -> None:
+        self.on_get_own_member(req, resp, self._find_id(id_or_name), action_id)
+
+
 def add_routes(app: falcon.App, prefix: str, project: Project) -> None:
     """Adds GET /actions and the paths below each kind of resource that has actions."""
     everything = _AllActions(project)
@@ -83,3 +98,8 @@ def add_routes(app: falcon.App, prefix: str, project: Project) -> None:
         app.add_route(f"{root}/actions/{{action_id:int}}", resource, suffix="member")
         app.add_route(f"{root}/{{resource_id:int}}/actions", resource, suffix="own")
         app.add_route(f"{root}/{{resource_id:int}}/actions/{{action_id:int}}", resource, suffix="own_member")
+    zones, root = _ZoneActions(project, "zone"), f"{prefix}/zones"
+    app.add_route(f"{root}/actions", zones)
+    app.add_route(f"{root}/actions/{{action_id:int}}", zones, suffix="member")
+    app.add_route(f"{root}/{{id_or_name}}/actions", zones, suffix="zone")
+    app.add_route(f"{root}/{{id_or_name}}/actions/{{action_id:int}}", zones, suffix="zone_member")

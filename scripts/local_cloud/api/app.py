@@ -19,9 +19,11 @@ from scripts.local_cloud.api import (
     networks,
     placement_groups,
     primary_ips,
+    rrsets,
     server_actions,
     servers,
     ssh_keys,
+    zones,
 )
 from scripts.local_cloud.api.errors import (
     ApiError,
@@ -149,6 +151,8 @@ def create_app(project: Project, faults: Faults, token: str) -> Callable[..., It
     firewalls.add_routes(app, PREFIX, project)
     networks.add_routes(app, PREFIX, project)
     placement_groups.add_routes(app, PREFIX, project)
+    zones.add_routes(app, PREFIX, project)
+    rrsets.add_routes(app, PREFIX, project)
     servers.add_routes(app, PREFIX, project)
     server_actions.add_routes(app, PREFIX, project)
     app.add_error_handler(Exception, _on_any_error)

@@ -108,6 +108,14 @@ class Fields:
             return None
         return value
 
+    def integer(self, name: str, lowest: int, highest: int, required: bool = False) -> int | None:
+        """A whole number from ``lowest`` to ``highest``."""
+        value = self._read(name, int, "an integer", required)
+        if value is not None and not lowest <= value <= highest:
+            self.blame(name, f"must be from {lowest} to {highest}")
+            return None
+        return value
+
     def seconds(self, name: str) -> float:
         """A span of time in seconds, 0 if none was sent."""
         value = self._read(name, (int, float), "a number of seconds", False) or 0.0

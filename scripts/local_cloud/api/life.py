@@ -12,6 +12,7 @@ from scripts.local_cloud.api import attachments
 from scripts.local_cloud.api.actions import ActionFailed, Actions, Step
 from scripts.local_cloud.api.catalogue import Catalogue
 from scripts.local_cloud.api.firewall_rules import delist, enlist, find_effective_rules, forget_server
+from scripts.local_cloud.api.record_sets import serve
 from scripts.local_cloud.machine_interface import MachineFailed, Machines, MachineSpec
 from scripts.local_cloud.store import Store
 
@@ -30,8 +31,9 @@ class Life:
 
     Ends that others rely on: a server whose creation fails or is cut short is gone; one whose rebuild is has no disk
     and stays off until the next rebuild; one whose deletion is cut short is gone after the next start; an image that
-    could not be written is ``unavailable``; an attachment to a network that is cut short is gone. Whatever went wrong
-    with floating IPs, firewalls and networks, the next start of the cloud tells the machines anew what the records say.
+    could not be written is ``unavailable``; an attachment to a network that is cut short is gone; a zone that could not
+    be published has the status ``error``. Whatever went wrong with floating IPs, firewalls, networks and zones, the
+    next start of the cloud tells the machines anew what the records say.
     """
 
     def __init__(self, store: Store, machines: Machines, actions: Actions, catalogue: Catalogue):
@@ -39,6 +41,7 @@ class Life:
         self._guards: defaultdict[int, threading.Lock] = defaultdict(threading.Lock)
         self._routing = threading.Lock()  # taken after a guard, never before
         self._cutting = threading.Lock()  # the same
+        self._publishing = threading.Lock()  # the same
         self._cut_names: tuple[str, ...] = ()
         self._pressed: set[int] = set()
         self._stopping = threading.Event()
@@ -189,6 +192,32 @@ class Life:
                 attachments.put_back(self._store, attachment)
                 raise
 
+    def publish(self, zone_id: int) -> None:
+        """Has a zone answered as its record is."""
+        with self._publishing:
+            zone = self._store.find("zone", zone_id)
+            if zone is None:
+                raise ActionFailed("the zone is gone")
+            self._machines.set_zone(serve(zone))
+            with self._store.transaction():
+                now = self._store.find("zone", zone_id)
+                # What was changed meanwhile has an action of its own, which publishes it.
+                if now is not None and now["serial"] == zone["serial"]:
+                    self._store.change("zone", zone_id, status="ok")
+
+    def note_unpublished(self, zone_id: int) -> None:
+        """The end of a change that was not published: it stands on record, and the next one publishes it too."""
+        self._store.change("zone", zone_id, status="error")
+
+    def remove_zone(self, zone_id: int) -> None:
+        """Ends a zone: its name is not known any more, and its record is gone."""
+        with self._publishing:
+            zone = self._store.find("zone", zone_id)
+            if zone is None:
+                raise ActionFailed("the zone is gone")
+            self._machines.remove_zone(zone["name"])
+            self._store.delete("zone", zone_id)
+
     @property
     def cut_names(self) -> tuple[str, ...]:
         """The names of servers that are cut off from the outside; ``*`` stands for all."""
@@ -228,6 +257,8 @@ class Life:
         for address in self._store.read_all("floating_ip"):
             if address["server_id"] is not None:
                 self._try(self._route_anew, address["id"])
+        for zone in self._store.read_all("zone"):
+            self._try(self.publish, zone["id"])
         attachments.forget_pending(self._store)
         for firewall in self._store.read_all("firewall"):
             self._store.change("firewall", firewall["id"], pending=[])

@@ -81,11 +81,16 @@ def _render_link(req: falcon.Request, pages: dict[str, int | None]) -> str:
 
 
 def answer_list(
-    req: falcon.Request, resp: falcon.Response, key: str, documents: list[Document], sort_by: Iterable[str] = ("id",)
+    req: falcon.Request,
+    resp: falcon.Response,
+    key: str,
+    documents: list[Document],
+    sort_by: Iterable[str] = ("id",),
+    per_page_limit: int = _PER_PAGE_LIMIT,
 ) -> None:
     """Answers with one page of the documents under ``key``, sorted, with meta and Link; raises InvalidInput."""
     page = _read_count(req, "page", 1, _LARGEST_PAGE)
-    per_page = _read_count(req, "per_page", _PER_PAGE_DEFAULT, _PER_PAGE_LIMIT)
+    per_page = _read_count(req, "per_page", _PER_PAGE_DEFAULT, per_page_limit)
     ordered = _sort(req, documents, sort_by)
     last = max(1, -(-len(ordered) // per_page))
     previous = min(page - 1, last) if page > 1 else None

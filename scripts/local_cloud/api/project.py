@@ -25,6 +25,8 @@ class Limits:
     firewalls: int = 50
     networks: int = 50
     placement_groups: int = 50
+    zones: int = 100
+    rrsets_per_zone: int = 1000
     requests_per_hour: int = 3600
 
 

@@ -4,7 +4,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 
-from scripts.local_cloud.machine_interface import FirewallRule, MachineFailed, MachineSpec, PrivateLink
+from scripts.local_cloud.machine_interface import FirewallRule, MachineFailed, MachineSpec, PrivateLink, Zone
 
 
 @dataclass
@@ -24,6 +24,7 @@ class StubMachines:
     filters: dict[int, tuple[FirewallRule, ...] | None] = field(default_factory=dict)
     private: dict[int, tuple[PrivateLink, ...]] = field(default_factory=dict)
     cut: set[int] = field(default_factory=set)
+    zones: dict[str, Zone] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
@@ -99,6 +100,14 @@ class StubMachines:
         self._ask("cut_off", server_id)
         assert server_id in self.disks, "a server that is not there was cut off"
         (self.cut.add if cut else self.cut.discard)(server_id)
+
+    def set_zone(self, zone: Zone) -> None:
+        self._ask("set_zone", -1)
+        self.zones[zone.name] = zone
+
+    def remove_zone(self, name: str) -> None:
+        self._ask("remove_zone", -1)
+        self.zones.pop(name, None)
 
     def snapshot(self, server_id: int, image_id: int) -> float:
         self._ask("snapshot", server_id)

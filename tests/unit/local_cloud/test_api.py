@@ -12,7 +12,6 @@ EMPTY = (
     "load_balancers",
     "load_balancer_types",
     "certificates",
-    "zones",
     "isos",
 )
 
