@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import requests
 from hcloud import Client
 
-from scripts.local_cloud.machines.network import tag_of
+from scripts.local_cloud.machines.network import tag_of, transfer_addresses
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKEN = "local"  # the default that everybody knows
@@ -35,6 +36,11 @@ class LocalCloud:
     def environment(self) -> dict[str, str]:
         """What the printed export lines would set."""
         return {**os.environ, "HCLOUD_ENDPOINT": self.endpoint, "HCLOUD_TOKEN": TOKEN}
+
+    @property
+    def name_server(self) -> str:
+        """The address that it answers for names at."""
+        return transfer_addresses(tag_of(self.state))[1]
 
     def client(self, **settings: float) -> Client:
         return Client(TOKEN, api_endpoint=self.endpoint, poll_interval=0.1, **settings)
@@ -116,6 +122,14 @@ def ssh(key: Path, address: str, command: str, patience_s: float = 30.0) -> str:
             assert done.returncode == 0, done.stdout + done.stderr
             return done.stdout
         time.sleep(0.1)
+
+
+def cut_off(cloud: LocalCloud, *names: str) -> None:
+    """Cuts servers off from everything outside the cloud, and connects all others; ``*`` is all of them."""
+    url = cloud.endpoint.removesuffix("/v1") + "/_local/network"
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    answer = requests.put(url, json={"cut_off": list(names)}, headers=headers, timeout=10)
+    assert (answer.status_code, answer.json()) == (200, {"cut_off": list(names)})
 
 
 def wait_until_off(client: Client, server_id: int, patience_s: float = 30.0) -> None:

@@ -80,6 +80,44 @@ resource "hcloud_network_route" "beyond" {
   gateway     = "10.0.1.5"
 }
 
+resource "hcloud_zone" "service" {
+  name   = "terraform.example"
+  mode   = "primary"
+  ttl    = var.label == "first" ? 3600 : 7200
+  labels = { version = var.label }
+}
+
+resource "hcloud_zone_rrset" "apex" {
+  zone    = hcloud_zone.service.name
+  name    = "@"
+  type    = "A"
+  ttl     = 60
+  labels  = { version = var.label }
+  records = [{ value = hcloud_floating_ip.service.ip_address, comment = var.label }]
+}
+
+resource "hcloud_zone_rrset" "words" {
+  zone              = hcloud_zone.service.name
+  name              = "words"
+  type              = "TXT"
+  change_protection = var.label == "first"
+  records           = [{ value = provider::hcloud::txt_record("version ${var.label}") }]
+}
+
+resource "hcloud_zone_record" "one" {
+  for_each = toset(["192.0.2.1", "192.0.2.2"])
+
+  zone  = hcloud_zone.service.name
+  name  = "several"
+  type  = "A"
+  value = each.value
+}
+
+data "hcloud_zone" "service" {
+  name       = hcloud_zone.service.name
+  depends_on = [hcloud_zone_rrset.words]
+}
+
 resource "hcloud_server" "node" {
   name               = var.name
   server_type        = "cx23"

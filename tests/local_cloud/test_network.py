@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import requests
 from hcloud import Client
 from hcloud.firewalls import FirewallResource, FirewallRule
 from hcloud.images import Image
@@ -17,7 +16,7 @@ from hcloud.server_types import ServerType
 from hcloud.servers import BoundServer
 
 from scripts.local_cloud.machines.network import tag_of, transfer_addresses
-from tests.local_cloud.harness import TOKEN, LocalCloud, running_cloud, ssh
+from tests.local_cloud.harness import LocalCloud, cut_off, running_cloud, ssh
 
 EVERYWHERE = ["0.0.0.0/0", "::/0"]
 # A program that answers each connection with the server's name.
@@ -169,13 +168,6 @@ def test_private_networks(cloud: LocalCloud, servers: list[BoundServer], key: Pa
     finally:
         third.server.delete().wait_until_finished()
         other.delete()
-
-
-def cut_off(cloud: LocalCloud, *names: str) -> None:
-    url = cloud.endpoint.removesuffix("/v1") + "/_local/network"
-    headers = {"Authorization": f"Bearer {TOKEN}"}
-    answer = requests.put(url, json={"cut_off": list(names)}, headers=headers, timeout=10)
-    assert (answer.status_code, answer.json()) == (200, {"cut_off": list(names)})
 
 
 def test_servers_are_cut_off_from_the_outside(cloud: LocalCloud, servers: list[BoundServer], key: Path) -> None:
