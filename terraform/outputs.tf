@@ -10,12 +10,12 @@ output "monitoring_url" {
 
 output "ipv4_address" {
   value       = hcloud_floating_ip.service["ipv4"].ip_address
-  description = "What A records of the domain, and of monitoring.<domain>, point to."
+  description = "What A records of the domain, and of monitoring.<domain>, point to; with dns_zone they do."
 }
 
 output "ipv6_address" {
   value       = cidrhost(hcloud_floating_ip.service["ipv6"].ip_network, 1)
-  description = "What AAAA records of both point to."
+  description = "What AAAA records of both point to; with dns_zone they do."
 }
 
 output "node" {

@@ -10,11 +10,22 @@ variable "image_id" {
 
 variable "domain" {
   type        = string
-  description = "The name that the service is reached by; its address records, and those of monitoring.<domain>, point to the addresses in the outputs."
+  description = "The name that the service is reached by; its address records, and those of monitoring.<domain>, point to the addresses in the outputs (dns_zone makes them)."
 
   validation {
     condition     = can(regex("^([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?[.])+[a-z]([a-z0-9-]{0,61}[a-z0-9])?$", var.domain))
     error_message = "The domain must be a name such as llm.example.org, in small letters."
+  }
+}
+
+variable "dns_zone" {
+  type        = string
+  default     = null
+  description = "Zone of the same account, in primary mode, that the domain is in: its address records are made there. Null where they are made by hand."
+
+  validation {
+    condition     = var.dns_zone == null || try(var.domain == var.dns_zone || endswith(var.domain, ".${var.dns_zone}"), false)
+    error_message = "The domain must be the dns_zone or a name in it: llm.example.org is in example.org."
   }
 }
 

@@ -2,6 +2,9 @@
 domain = "llm.example.org"
 acme   = { email = "operator@example.org" }
 
+# A zone of this account, if it has the domain's: address records are then made too.
+# dns_zone = "example.org"
+
 # KEY=mllm_$(openssl rand -hex 24); printf %s "$KEY" | sha256sum
 api_keys = [
   {

@@ -41,8 +41,11 @@ class AcmeServer:
 
 
 @contextmanager
-def running_acme_server(folder: Path, host: str) -> Iterator[AcmeServer]:
-    """An ACME server that validates at ports 80 and 443; gone afterwards, and all that it knew."""
+def running_acme_server(folder: Path, host: str, name_server: str | None = None) -> Iterator[AcmeServer]:
+    """An ACME server that validates at ports 80 and 443; gone afterwards, and all that it knew.
+
+    It finds addresses by a name server, or where ``point`` says.
+    """
     chain, key = make_certificate(folder, f"IP:{host}")
     acme, management, dns, dns_management = (free_port() for _ in range(4))
     config = {
@@ -61,7 +64,7 @@ def running_acme_server(folder: Path, host: str) -> Iterator[AcmeServer]:
     none = ["-http01", "", "-https01", "", "-tlsalpn01", "", "-defaultIPv6", "", "-defaultIPv4", ""]
     commands = {
         "dns": ["pebble-challtestsrv", *none, "-dns01", f"{host}:{dns}", "-management", f"127.0.0.1:{dns_management}"],
-        "pebble": ["pebble", "-config", str(folder / "pebble.json"), "-dnsserver", f"{host}:{dns}"],
+        "pebble": ["pebble", "-config", str(folder / "pebble.json"), "-dnsserver", name_server or f"{host}:{dns}"],
     }
     with ExitStack() as ends:
         for name, command in commands.items():

@@ -137,12 +137,14 @@ def test_the_proxy(cloud: LocalCloud, served: Node) -> None:
 
 
 @contextmanager
-def reachable_acme_server(cloud: LocalCloud, folder: Path) -> Iterator[tuple[AcmeServer, dict[str, str]]]:
+def reachable_acme_server(
+    cloud: LocalCloud, folder: Path, name_server: str | None = None
+) -> Iterator[tuple[AcmeServer, dict[str, str]]]:
     """An ACME server that nodes reach as long as it runs, and the facts that lead them to it."""
     host, _ = transfer_addresses(tag_of(cloud.state))
     cut_off(cloud)
     try:
-        with running_acme_server(folder, host) as server:
+        with running_acme_server(folder, host, name_server) as server:
             server.write_root(folder / "root.pem")
             authority = server.authority.read_text()
             yield server, {"email": "a@example.org", "server": server.directory, "authority": authority}

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from hcloud.images import BoundImage
+from hcloud.zones import BoundZone
 
 from tests.image.harness import DOMAIN, ROOT
 from tests.image.registry import make_certificate
@@ -24,6 +25,7 @@ from tests.image.test_image import reachable_acme_server
 from tests.local_cloud.harness import LocalCloud
 
 _APPLY_TIMEOUT_S = 600
+MONITORING_HASH = "$apr1$f8Vn0cXw$ydb6HbE6kHTv.sEmvvcK/1"
 KEYS = {name: f"mllm_{name * 8}{'0' * 24}" for name in ("alice", "berta", "carla")}
 
 
@@ -99,17 +101,31 @@ class Deployment:
     def generate(self, address: str, key: str, timeout_s: float = 10.0) -> int:
         """Status of a one-token generation by the name at an address, with its certificate verified; 0 for none."""
         told = f"{DOMAIN}:443:{address if ':' not in address else f'[{address}]'}"
+        return _run_curl([*self._words(key, timeout_s), "--resolve", told], timeout_s)
+
+    def generate_by_name(self, key: str, *words: str, timeout_s: float = 10.0) -> int:
+        """The same at whatever address the cloud's name server tells this host's own resolver."""
+        resolver = self.folder / "resolv.conf"
+        resolver.write_text(f"nameserver {self.cloud.name_server}\n")
+        with_resolver = 'mount --bind "$0" /etc/resolv.conf && exec "$@"'  # for this one process
+        command = ["unshare", "--mount", "sh", "-c", with_resolver, str(resolver)]
+        return _run_curl([*command, *self._words(key, timeout_s), *words], timeout_s)
+
+    def _words(self, key: str, timeout_s: float) -> list[str]:
         body = json.dumps({"prompt": "x", "max_tokens": 1})
         command = ["curl", "-s", "--max-time", f"{timeout_s}", "-o", "/dev/null", "-w", "%{http_code}"]
-        command += ["--resolve", told, "--cacert", str(self.authority), "-H", f"Authorization: Bearer {key}"]
-        command += ["-H", "Content-Type: application/json", "-d", body, f"https://{DOMAIN}/generate"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s + 10)
-        return int(done.stdout or 0)
+        command += ["--cacert", str(self.authority), "-H", f"Authorization: Bearer {key}"]
+        return [*command, "-H", "Content-Type: application/json", "-d", body, f"https://{DOMAIN}/generate"]
 
     def node_names(self) -> list[str]:
         """The deployment's servers."""
         servers = self.cloud.client().servers.get_all(label_selector="deployment=launch")
         return sorted(each.name for each in servers)
+
+
+def _run_curl(command: list[str], timeout_s: float) -> int:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s + 10)
+    return int(done.stdout or 0)
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +231,9 @@ def test_the_files_are_formatted_and_valid(program: str, tmp_path: Path, cloud: 
             ({"ssh_sources": ["home"]}, "must be networks"),
             ({"image_id": 0}, "bake.py promote ID, writes it"),
             ({"acme": None}, "One of acme"),
+            ({"dns_zone": "other.test"}, "The domain must be the dns_zone or a name in it"),
+            ({"dns_zone": "m.test"}, "The domain must be the dns_zone or a name in it"),
+            ({"dns_zone": "llm.test"}, "was not found"),
         ):
             wrong = Deployment(made.folder, cloud, program, {**made.values, **values}, made.authority)
             code, said = wrong.run("plan", "-input=false")
@@ -355,3 +374,79 @@ def test_with_an_ordered_certificate(cloud: LocalCloud, image: BoundImage, progr
             made.apply()
             assert made.generate(addresses["launch-ipv4"], KEYS["alice"]) == 200
             assert made.changes() == ""
+
+
+@contextmanager
+def zone(cloud: LocalCloud, name: str) -> Iterator[BoundZone]:
+    """A zone of the account, with what it begins with; it is empty again when it goes."""
+    made = cloud.client().zones.create(name=name, mode="primary")
+    made.action.wait_until_finished()
+    try:
+        yield made.zone
+        assert sorted(each.id for each in made.zone.get_rrset_all()) == ["@/NS", "@/SOA"]
+    finally:
+        made.zone.delete().action.wait_until_finished()
+
+
+@pytest.mark.parametrize(
+    ("zone_name", "domain", "monitoring", "names"),
+    [
+        ("names.test", "names.test", True, ["@", "monitoring"]),
+        ("names.test", "llm.names.test", True, ["llm", "monitoring.llm"]),
+        ("names.test", "a.names.test.names.test", False, ["a.names.test"]),
+        (None, "names.test", True, []),
+    ],
+)
+def test_records_are_named_as_the_zone_names_them(
+    program: str,
+    tmp_path: Path,
+    cloud: LocalCloud,
+    zone_name: str | None,
+    domain: str,
+    monitoring: bool,
+    names: list[str],
+) -> None:
+    """A and AAAA of each; none where no zone is told."""
+    values: dict[str, Any] = {
+        "image_id": 1,
+        "acme": {"email": "a@example.org"},
+        "domain": domain,
+        "dns_zone": zone_name,
+    }
+    values["monitoring"] = {"user": "operator", "password_hash": MONITORING_HASH} if monitoring else None
+    with zone(cloud, "names.test"), deployment(tmp_path, cloud, program, Path("/dev/null"), **values) as made:
+        code, said = made.run("plan", "-input=false", "-out=plan")
+        assert code == 0, said
+        planned = json.loads(made.run("show", "-json", "plan")[1])["planned_values"]["root_module"]["resources"]
+        records = [each["values"] for each in planned if each["type"] == "hcloud_zone_rrset"]
+        assert sorted((each["name"], each["type"]) for each in records) == [
+            (name, kind) for name in names for kind in ("A", "AAAA")
+        ]
+
+
+def test_with_records_in_a_zone(cloud: LocalCloud, image: BoundImage, program: str, tmp_path: Path) -> None:
+    """One apply: the records lead to the addresses, the certificate is ordered by them, and the name answers."""
+    with (
+        zone(cloud, DOMAIN),
+        reachable_acme_server(cloud, tmp_path, f"{cloud.name_server}:53") as (server, acme),
+    ):
+        root = tmp_path / "root.pem"
+        server.write_root(root)
+        monitoring = {"user": "operator", "password_hash": MONITORING_HASH}
+        values = {"image_id": image.id, "acme": acme, "dns_zone": DOMAIN, "monitoring": monitoring}
+        with deployment(tmp_path, cloud, program, root, **values) as made:
+            made.apply()
+            for family in ("-4", "-6"):
+                assert made.generate_by_name(KEYS["alice"], family) == 200
+            assert made.generate_by_name(KEYS["berta"]) == 401
+            found = cloud.client().zones.get(DOMAIN).get_rrset_all(label_selector="deployment=launch")
+            told = made.outputs()
+            addresses = {"A": told["ipv4_address"], "AAAA": told["ipv6_address"]}
+            assert sorted((each.id, each.ttl, each.records[0].value) for each in found) == [
+                (f"{name}/{kind}", 300, addresses[kind]) for name in ("@", "monitoring") for kind in ("A", "AAAA")
+            ]
+            assert made.changes() == ""
+            made.apply(monitoring=None)
+            left = cloud.client().zones.get(DOMAIN).get_rrset_all(label_selector="deployment=launch")
+            assert sorted(each.id for each in left) == ["@/A", "@/AAAA"]
+            assert made.generate_by_name(KEYS["alice"]) == 200
