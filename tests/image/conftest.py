@@ -9,9 +9,9 @@ from hcloud.images import BoundImage
 from hcloud.ssh_keys import BoundSSHKey
 
 from scripts.local_cloud.machines.host import HostUnfit, require_tools
-from tests.image.harness import Node, bake, cut_off, node
+from tests.image.harness import Node, bake, node
 from tests.local_cloud.conftest import host, key  # noqa: F401 - fixtures
-from tests.local_cloud.harness import LocalCloud, running_cloud
+from tests.local_cloud.harness import LocalCloud, cut_off, running_cloud
 from tests.programs import ProgramMissing
 
 TOOLS = {  # program -> Debian package that brings it

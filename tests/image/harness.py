@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import requests
 from hcloud import Client
 from hcloud.images import BoundImage, Image
 from hcloud.networks import BoundNetwork
@@ -23,7 +22,7 @@ from hcloud.ssh_keys import BoundSSHKey
 
 from scripts.local_cloud.machines.network import tag_of, transfer_addresses
 from tests.image.registry import make_certificate, running_registry
-from tests.local_cloud.harness import TOKEN, LocalCloud, free_port, ssh
+from tests.local_cloud.harness import LocalCloud, free_port, ssh
 from tests.programs import (
     ALERTMANAGER,
     GRAFANA_STAND_IN,
@@ -221,10 +220,3 @@ def node(
             yield Node(made.server, str(made.server.public_net.ipv4.ip), key_file, api_key, password, chain)
         finally:
             made.server.delete().wait_until_finished()
-
-
-def cut_off(cloud: LocalCloud, *names: str) -> None:
-    """Cuts servers off from everything outside the cloud; ``*`` is all of them."""
-    url = cloud.endpoint.removesuffix("/v1") + "/_local/network"
-    headers = {"Authorization": f"Bearer {TOKEN}"}
-    requests.put(url, json={"cut_off": list(names)}, headers=headers, timeout=10).raise_for_status()

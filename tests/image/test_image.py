@@ -19,9 +19,9 @@ from hcloud.ssh_keys import BoundSSHKey
 
 from scripts.local_cloud.machines.network import tag_of, transfer_addresses
 from tests.image.acme import AcmeServer, running_acme_server
-from tests.image.harness import DOMAIN, ROOT, Node, bake, cut_off, node, packer
+from tests.image.harness import DOMAIN, ROOT, Node, bake, node, packer
 from tests.image.scripts import load_script
-from tests.local_cloud.harness import LocalCloud, traces
+from tests.local_cloud.harness import LocalCloud, cut_off, traces
 from tests.programs import ProgramMissing
 
 PROBE = Path(__file__).with_name("probe.py")

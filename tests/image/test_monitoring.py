@@ -17,11 +17,11 @@ from hcloud.ssh_keys import BoundSSHKey
 
 from scripts.local_cloud.machines.network import tag_of, transfer_addresses
 from tests.image.dashboards import queries
-from tests.image.harness import CONTAINERS, DOMAIN, Node, cut_off, node
+from tests.image.harness import CONTAINERS, DOMAIN, Node, node
 from tests.image.registry import make_certificate
 from tests.image.scripts import ROOT
 from tests.image.webhook import Webhook, running_webhook
-from tests.local_cloud.harness import LocalCloud
+from tests.local_cloud.harness import LocalCloud, cut_off
 
 STACK = ROOT / "image" / "rootfs" / "usr" / "share" / "mini-llm" / "stack"
 MONITORING = f"monitoring.{DOMAIN}"

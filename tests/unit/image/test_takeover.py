@@ -179,7 +179,8 @@ def test_where_flows_would_be_cut_a_moment_without_answers_is_waited_for(
     own.wait_for_gap(network)
     assert [call for call in network.calls if call != "/sync"] == ["/hold 0", "/hold 30"]
     assert at_least_s <= network.time_s <= at_least_s + 30
-    assert bool(own.board.state.notes) == noted
+    [note] = own.board.state.notes
+    assert ("2 of them are cut" in note) == noted
 
 
 def test_a_node_that_dies_is_waited_for_a_while(tmp_path: Path) -> None:

@@ -426,12 +426,14 @@ class Takeover:
         while not self.is_ready():
             self.sleep(_LOOK_EVERY_S)
         peer.tell("/hold", {"seconds": 0})
+        begin_s = self.now_s()
         self.board.tell(reason="the cloud's firewall would cut answers in flight; waiting for a moment without any")
         self._wait_for(peer, lambda told: not told["answers"], _GAP_WITHIN_S)
         peer.tell("/hold", {"seconds": _HELD_S})
         rest = self._wait_for(peer, lambda told: not told["connections"], _REST_S)
-        if rest["answers"]:
-            self.board.note(f"{rest['answers']} answers in flight will be cut: there was no moment without any")
+        waited = f"{self.now_s() - begin_s:.0f} s were waited for a moment without answers"
+        cut = f"; there was none, so {rest['answers']} of them are cut" if rest["answers"] else ""
+        self.board.note(f"the cloud's firewall drops connections that move: {waited}{cut}")
         self.board.tell(reason=None)
 
     def _wait_for(self, peer: Peer, is_so: Callable[[dict[str, Any]], bool], within_s: float) -> dict[str, Any]:
