@@ -22,7 +22,7 @@ ifeq ($(LLM_MODEL),)
 unexport LLM_MODEL
 endif
 
-.PHONY: help serve bake handover-key cloud cloud-clean test unit test-faults bench bench-cloud bench-image bench-bake train lint lock clean
+.PHONY: help serve bake handover-key cloud cloud-clean test unit test-faults test-launch-faults bench bench-cloud bench-image bench-bake train lint lock clean
 
 help:
 	@echo "make serve   serve a model on 127.0.0.1:8080 (HOST= PORT= MODEL= change that)"
@@ -31,6 +31,7 @@ help:
 	@echo "make cloud   a Hetzner Cloud on this machine, for nothing (root; CLOUD= adds options);  make cloud-clean  remove it"
 	@echo "make test    run every test;  make unit  only the fast ones"
 	@echo "make test-faults  the whole fault plan of a bake, an hour or two (root; FAULTS= adds options)"
+	@echo "make test-launch-faults  the whole fault plan of an apply, about an hour (root, Terraform; FAULTS= adds options)"
 	@echo "make bench   measure, as ratios in one run;  make bench-cloud, bench-image, bench-bake  of cloud, node, bake (root)"
 	@echo "make train   train the starter model again (up to an hour)"
 	@echo "make lint    check style;  make lock  pin requirements again;  make clean  remove .venv and caches"
@@ -65,6 +66,10 @@ unit: test
 test-faults:
 	@$(SET_UP) $(TEST_REQUIREMENTS)
 	@$(VENV_PYTHON) -m tests.bake.fault_plan $(FAULTS)
+
+test-launch-faults:
+	@$(SET_UP) $(TEST_REQUIREMENTS)
+	@$(VENV_PYTHON) -m tests.bake.launch_fault_plan $(FAULTS)
 
 bench:
 	@$(SET_UP) $(TEST_REQUIREMENTS)
