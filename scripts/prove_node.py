@@ -108,11 +108,23 @@ def open_session(order: Order) -> requests.Session:
     return session
 
 
+def ask_ready(session: requests.Session, order: Order) -> None:
+    """Raises NotYet or Never as long as the node says that it does not serve, or nothing."""
+    try:
+        _judge(session.get(f"https://{order.address}/ready", timeout=_REQUEST_TIMEOUT_S))
+    except requests.exceptions.SSLError as error:
+        _judge_unverified(order)
+        raise NotYet(f"its certificate is not valid for {order.domain}: {error}") from error
+    except requests.RequestException as error:  # a JSONDecodeError is one, too
+        raise NotYet(f"{order.address} does not answer: {type(error).__name__}") from error
+    except (TypeError, AttributeError) as error:
+        raise NotYet(f"{order.address} answers something else than mini-llm would") from error
+
+
 def ask_once(session: requests.Session, order: Order) -> str:
     """What the node answers to the question. Raises NotYet and Never."""
+    ask_ready(session, order)
     try:
-        ready = session.get(f"https://{order.address}/ready", timeout=_REQUEST_TIMEOUT_S)
-        _judge(ready)
         answer = session.post(
             f"https://{order.address}/generate",
             json=_QUESTION,
@@ -127,9 +139,6 @@ def ask_once(session: requests.Session, order: Order) -> str:
         if answer.status_code != 200:
             raise NotYet(f"POST /generate says {answer.status_code}: {answer.text[:500]}")
         response = str(answer.json()["response"])
-    except requests.exceptions.SSLError as error:
-        _judge_unverified(order)
-        raise NotYet(f"its certificate is not valid for {order.domain}: {error}") from error
     except requests.RequestException as error:  # a JSONDecodeError is one, too
         raise NotYet(f"{order.address} does not answer: {type(error).__name__}") from error
     except (KeyError, TypeError, AttributeError) as error:
@@ -158,7 +167,10 @@ def judge_rollout(told: dict[str, Any], order: Order) -> None:
     """Raises NotYet, or Never with the reason, unless the stage's end is reached."""
     state, answers = told.get("state"), told.get("answers")
     if state == "failed":
-        raise Never(f"it did not take over: {told.get('reason')}")
+        raise Never(
+            f"it did not take over: {told.get('reason')}; when that is mended, make another node: "
+            "terraform apply -replace=terraform_data.node"
+        )
     if state == "none":
         return
     if order.stage == "gate":
@@ -171,25 +183,28 @@ def judge_rollout(told: dict[str, Any], order: Order) -> None:
 
 def prove_once(session: requests.Session, order: Order) -> str:
     """One look at all that the stage wants; what the node answered. Raises NotYet, Never."""
+    ask_ready(session, order)
     told = ask_rollout(session, order)
-    if told.get("state") == "failed":
-        judge_rollout(told, order)
     if told.get("key_is_void"):
         return "proved before"  # its key ended with that
+    # First this: a generation takes a processor from those who are being served.
+    judge_rollout(told, order)
     answer = ask_once(session, order)
     if told.get("certificate") and not order.verify:
         # What it took over must be what clients will see.
         proved = replace(order, verify=order.authority)
         ask_once(open_session(proved), proved)
-    judge_rollout(told, order)
     for note in told.get("notes") or ():
         print(f"note: {note}", flush=True)
     if order.stage == "served" and told.get("state") != "none":
-        session.delete(
-            f"https://{order.address}/rollout",
-            headers={"Authorization": f"Bearer {order.key}"},
-            timeout=_REQUEST_TIMEOUT_S,
-        ).raise_for_status()
+        try:
+            session.delete(
+                f"https://{order.address}/rollout",
+                headers={"Authorization": f"Bearer {order.key}"},
+                timeout=_REQUEST_TIMEOUT_S,
+            ).raise_for_status()
+        except requests.RequestException as error:
+            raise NotYet(f"the key of the proof could not be ended: {type(error).__name__}") from error
     return answer
 
 
@@ -210,8 +225,6 @@ def prove(order: Order) -> str:
     while True:
         try:
             return prove_once(session, order)
-        except requests.RequestException as error:
-            raise Never(f"the key of the proof could not be ended: {type(error).__name__}") from error
         except NotYet as reason:
             now_s = time.monotonic()
             if now_s - begin_s > order.timeout_s:

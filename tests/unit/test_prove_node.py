@@ -158,7 +158,7 @@ def test_a_certificate_that_was_taken_over_is_proved(monkeypatch: pytest.MonkeyP
 
 def test_it_waits_for_what_may_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """And says the last reason once its time is up."""
-    tries = iter([fail(requests.ConnectionError()), answer(503, {"reason": "loading"}), READY])
+    tries = iter([fail(requests.ConnectionError()), answer(503, {"reason": "loading"}), READY, READY])
     monkeypatch.setattr(requests, "Session", lambda: Session(lambda: next(tries)(), SAYS))
     monkeypatch.setattr(prove_node.time, "sleep", lambda seconds: None)
     assert prove(ORDER) == "Red"

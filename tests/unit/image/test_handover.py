@@ -5,6 +5,7 @@ import socket
 import ssl
 import struct
 import threading
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -64,6 +65,31 @@ def test_nobody_else_hears_anything(keys: Path, tmp_path_factory: pytest.TempPat
         ask(keys, other, STATE)
 
 
+@pytest.mark.parametrize("shown", ["nothing", "another"])
+def test_the_node_itself_refuses_strangers(shown: str, keys: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Who trusts anybody, and shows no certificate, or another one."""
+    other = tmp_path_factory.mktemp("other")
+    for name, text in make_pair(datetime.now(UTC)).items():
+        (other / f"{name}.pem").write_text(text)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    if shown == "another":
+        context.load_cert_chain(other / "certificate.pem", other / "key.pem")
+    ours, theirs = socket.socketpair()
+    serving = threading.Thread(target=handover.serve, args=(theirs, keys))
+    serving.start()
+    answer = b""
+    try:
+        with context.wrap_socket(ours) as secured:
+            secured.sendall(STATE)
+            answer = secured.recv(65536)
+    except (ssl.SSLError, ConnectionError):
+        pass  # as it should
+    serving.join()
+    theirs.close()
+    assert answer == b""
+
+
 def test_counters_are_read_while_the_service_counts(tmp_path: Path) -> None:
     """Those of tokens alone, none that were taken over from somebody else under another name."""
     storage = NodeStorage(tmp_path / "counters.sqlite3")
@@ -109,10 +135,15 @@ def test_what_is_open(tmp_path: Path) -> None:
     places = handover.Places(scraping_key=tmp_path / "key")
     assert handover.count_open(places, lambda address, *_: told[address]) == {"answers": 5, "connections": 7}
 
-    def refuse(*_: str) -> str:
-        raise OSError("refused")
+    def fail(error: type[OSError]) -> Callable[..., str]:
+        def fetch(*_: str) -> str:
+            raise error("no")
 
-    assert handover.count_open(places, refuse) == {"answers": None, "connections": None}
+        return fetch
+
+    assert handover.count_open(places, fail(ConnectionRefusedError)) == {"answers": None, "connections": None}
+    with pytest.raises(TimeoutError):  # who is only busy is not gone
+        handover.count_open(places, fail(TimeoutError))
 
 
 def test_a_node_holds_the_addresses_until_it_has_a_successor(tmp_path: Path) -> None:

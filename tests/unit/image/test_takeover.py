@@ -55,6 +55,7 @@ def test_a_neighbour_is_asked_before_it_is_passed_over(tmp_path: Path, monkeypat
             """Nothing is open."""
 
     monkeypatch.setattr(takeover, "Peer", Peer)
+    monkeypatch.setattr(takeover.time, "sleep", lambda seconds: None)
     board = takeover.Board(tmp_path / "board.json")
     gone, refused = takeover.Gone("a does not answer"), takeover.Refused("another key")
     answers = {"a": [gone, gone, told("old", 5.0)]}
@@ -207,8 +208,9 @@ class Answer(io.BytesIO):
     status = 200
 
 
-def archive(files: dict[str, str]) -> Answer:
+def archive(files: dict[str, str], ended: bool = True) -> Answer:
     packed = io.BytesIO()
+    files = {**files, **({handover.END: ""} if ended else {})}
     with tarfile.open(fileobj=packed, mode="w|") as writing:
         for name, text in files.items():
             info = tarfile.TarInfo(name)
@@ -223,21 +225,71 @@ def test_history_is_blocks_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / known).mkdir()
     (tmp_path / known / "meta.json").write_text("mine")
     files = {f"{block}/meta.json": "{}", f"{known}/meta.json": "other", "wal/0001": "x"}
-    assert takeover.take_history(archive(files), tmp_path) == 2
+    aside = tmp_path.with_name("aside")
+    assert takeover.take_history(archive(files), tmp_path, aside) == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == [known, block]
     assert (tmp_path / known / "meta.json").read_text() == "mine"
     with pytest.raises(tarfile.TarError):
-        takeover.take_history(archive({"../outside": "x"}), tmp_path)
+        takeover.take_history(archive({"../outside": "x"}), tmp_path, aside)
     assert not (tmp_path.parent / "outside").exists()
+    with pytest.raises(OSError, match="was cut"):
+        takeover.take_history(archive(files, ended=False), tmp_path, aside)
+    assert not aside.exists()
 
 
 def test_audit_logs_of_nodes_before_are_kept_up_to_a_bound(tmp_path: Path) -> None:
     """The oldest nodes' go first, whole."""
     for number in range(3):
         files = {f"node-{number}/audit-{seq:012d}.jsonl": "x" for seq in range(1, 15)}
-        takeover.take_audit(archive(files), tmp_path)
+        takeover.take_audit(archive(files), tmp_path, tmp_path.with_name("aside"))
         os.utime(tmp_path / "audit-before" / f"node-{number}", (number, number))
     assert sorted(path.name for path in (tmp_path / "audit-before").iterdir()) == ["node-1", "node-2"]
+
+
+def test_a_service_that_was_taken_over_by_others_gets_nothing_of_roots(tmp_path: Path) -> None:
+    """It owns the folder, and may lay links there: none is followed, and nothing but hashes is copied."""
+    secret, state = tmp_path / "secret", tmp_path / "state"
+    secret.mkdir()
+    (secret / "key").write_text("a secret\n")
+    state.mkdir()
+    (state / "audit-before").symlink_to(secret)
+    with pytest.raises(OSError, match="audit-before"):
+        takeover.take_audit(archive({"node-1/audit-000000000001.jsonl": "x"}), state, tmp_path / "aside")
+    assert [path.name for path in secret.iterdir()] == ["key"]
+    (state / "revoked").symlink_to(secret / "key")
+    with pytest.raises(OSError, match="revoked"):
+        takeover.revoke(state / "revoked", ["a" * 64])
+    (state / "revoked").unlink()
+    (state / "revoked").write_text(f"a secret\n{'b' * 64}\n")
+    takeover.revoke(state / "revoked", ["a" * 64])
+    assert (state / "revoked").read_text().split() == ["a" * 64, "b" * 64]
+    (state / "revoked").unlink()
+    os.mkfifo(state / "revoked")
+    with pytest.raises(OSError, match="is no file"):
+        handover.read_revoked(state / "revoked")
+
+
+@pytest.mark.parametrize(
+    ("store", "taken"),
+    [
+        ({}, True),
+        ({"domain": "other.example.org"}, False),
+        ({"server": "https://staging.example.org/acct/1"}, False),
+        ({"certificates": None}, False),
+    ],
+)
+def test_a_certificate_is_taken_over_if_it_is_the_one_wanted(
+    store: dict[str, Any], taken: bool, tmp_path: Path
+) -> None:
+    """Of this domain, from this ACME server; whoever mends those settings must not be held to the old ones."""
+    (tmp_path / "ordered").write_text("llm.example.org\nmonitoring.llm.example.org\n")
+    settings = {"certificatesResolvers": {"acme": {"acme": {"caServer": "https://acme.example.org/dir"}}}}
+    (tmp_path / "traefik.yaml").write_text(json.dumps(settings))
+    known = {"server": "https://acme.example.org/acct/1", "domain": "llm.example.org", **store}
+    certificates = store.get("certificates", [{"domain": {"main": known["domain"]}}])
+    document = {"acme": {"Account": {"Registration": {"uri": known["server"]}}, "Certificates": certificates}}
+    assert takeover.fits(json.dumps(document).encode(), tmp_path) == taken
+    assert not takeover.fits(b"nonsense", tmp_path)
 
 
 def test_what_arrived_and_what_was_let_through() -> None:

@@ -368,7 +368,7 @@ def write_handover(folder: Path, facts: dict[str, Any] | None) -> None:
 def write_all(run: Path, facts: dict[str, Any] | None, prometheus: Path) -> None:
     """What the programs read, from facts that are right; or, for None, as long as nobody knows any."""
     own, scraping_key = run / "mini-llm", f"mllm_{secrets.token_hex(24)}"
-    for name in ("keys.json", "node.env", "addresses", "proof"):
+    for name in ("keys.json", "node.env", "addresses", "proof", "rollout.json"):
         (own / name).unlink(missing_ok=True)
     write_traefik(run / "mini-llm-traefik", facts)
     write_handover(run / "mini-llm-rollout", facts)
@@ -385,6 +385,9 @@ def write_all(run: Path, facts: dict[str, Any] | None, prometheus: Path) -> None
             texts["proof"] = f"{facts['proof']['sha256']}\n"
         if "addresses" in facts:
             texts["addresses"] = "".join(f"{address}\n" for address in facts["addresses"].values())
+        if "handover" in facts:
+            # Whoever asks before the takeover has said anything must not take that for none.
+            texts["rollout.json"] = json.dumps({"state": "looking"}) + "\n"
     for name, text in texts.items():
         write_whole(own / name, text, 0o640)
 

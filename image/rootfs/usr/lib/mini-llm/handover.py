@@ -7,17 +7,19 @@ the deployment's certificate of FOLDER and take no other; then HTTP/1.1. Nothing
 import http.client
 import json
 import os
+import re
 import shutil
 import socket
 import sqlite3
 import ssl
+import stat
 import struct
 import subprocess
 import sys
 import tarfile
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
@@ -30,10 +32,17 @@ import tunnel
 
 PORT = 7700
 _TLS_TIMEOUT_S, _IDLE_TIMEOUT_S = 5.0, 120.0
+_HASH = re.compile(r"(?m)^[0-9a-f]{64}$")
 _LARGEST_BODY_BYTES = 64 << 10
 _STOP_TIMEOUT_S = 400  # the service gives its answers 330
 _ASK_TIMEOUT_S = 3.0
 _HISTORY_TIMEOUT_S = 60.0
+_LARGEST_FILE_BYTES = 16 << 20
+_SNAPSHOT = re.compile(r"[0-9]{8}T[0-9]{6}Z-[0-9a-f]+")
+_BUSY = ("looking", "prepared", "moved")
+_TOUCH_EVERY_S = 5.0
+# The last member of an archive, without which it was cut.
+END = "end-of-handover"
 
 
 @dataclass(frozen=True)
@@ -50,8 +59,24 @@ class Places:
     run: Path = Path("/run/mini-llm-rollout")
 
 
-class NotThere(Exception):
-    """What was asked for does not exist on this node."""
+def read_bounded(path: Path) -> bytes:
+    """A file of another user's, who may have made anything of it; raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(f"{path} is no file")
+        content = file.read(_LARGEST_FILE_BYTES + 1)
+    if len(content) > _LARGEST_FILE_BYTES:
+        raise OSError(f"{path} is larger than any such file")
+    return content
+
+
+def read_revoked(path: Path) -> set[str]:
+    """The hashes of revoked keys, and nothing else that may stand there; raises OSError."""
+    try:
+        return set(_HASH.findall(read_bounded(path).decode("ascii", "replace")))
+    except FileNotFoundError:
+        return set()
 
 
 def make_context(folder: Path, purpose: int) -> ssl.SSLContext:
@@ -109,7 +134,7 @@ def fetch(
 
 
 def count_open(places: Places, fetch: Callable[..., str] = fetch) -> dict[str, int | None]:
-    """Answers in flight and connections of clients; None where nobody tells, because that program is gone."""
+    """Answers in flight and connections of clients; None where that program is gone. Raises OSError, ValueError."""
     try:
         key = places.scraping_key.read_text().strip()
         service = read_gauges(
@@ -117,13 +142,13 @@ def count_open(places: Places, fetch: Callable[..., str] = fetch) -> dict[str, i
             {"running": "llm_requests_in_flight ", "waiting": "llm_queue_depth "},
         )
         answers = int(service["running"] + service["waiting"])
-    except (OSError, ValueError):
+    except ConnectionRefusedError:
         answers = None
     try:
         told = fetch(stack.TRAEFIK, "/metrics")
         open_ones = read_gauges(told, {"open": 'traefik_open_connections{entrypoint="https"'})["open"]
         connections = int(open_ones)
-    except (OSError, ValueError):
+    except ConnectionRefusedError:
         connections = None
     return {"answers": answers, "connections": connections}
 
@@ -168,7 +193,9 @@ def take_snapshot(prometheus: Path) -> Path:
     """A copy of all that Prometheus knows, in its own folder; raises OSError, ValueError."""
     told = fetch(stack.PROMETHEUS, "/api/v1/admin/tsdb/snapshot", method="POST", timeout_s=_HISTORY_TIMEOUT_S)
     name = str(json.loads(told)["data"]["name"])
-    return prometheus / "snapshots" / Path(name).name
+    if not _SNAPSHOT.fullmatch(name) or (prometheus / "snapshots").is_symlink():
+        raise ValueError("Prometheus names a snapshot that is none")
+    return prometheus / "snapshots" / name
 
 
 def systemctl(*words: str) -> None:
@@ -182,12 +209,13 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = _IDLE_TIMEOUT_S
     places = Places()
+    _streams = False
 
     def do_GET(self) -> None:
         ways: dict[str, Callable[[], None]] = {
             "/state": lambda: self._tell(self._state()),
-            "/certificate": lambda: self._send(_read(self.places.acme)),
-            "/audit/head": lambda: self._send(_read(self.places.state / "audit" / "head.json")),
+            "/certificate": lambda: self._send(read_bounded(self.places.acme)),
+            "/audit/head": lambda: self._send(read_bounded(self.places.state / "audit" / "head.json")),
             "/sync": self._sync,
             "/audit": self._send_audit,
             "/history": self._send_history,
@@ -209,11 +237,15 @@ class Handler(BaseHTTPRequestHandler):
     def _answer(self, ways: dict[str, Callable[[], None]]) -> None:
         try:
             ways.get(self.path, lambda: self._send(b"", HTTPStatus.NOT_FOUND))()
-        except (FileNotFoundError, NotThere):
-            self._send(b"", HTTPStatus.NOT_FOUND)
-        except (OSError, ValueError, LookupError, sqlite3.Error, subprocess.SubprocessError) as error:
+        except FileNotFoundError:
+            if not self._streams:
+                self._send(b"", HTTPStatus.NOT_FOUND)
+            self.close_connection |= self._streams
+        except (OSError, ValueError, LookupError, sqlite3.Error, subprocess.SubprocessError, tarfile.TarError) as error:
             print(f"{self.command} {self.path}: {error}", file=sys.stderr)
             self.close_connection = True
+            if self._streams:
+                return  # the archive ends without its last member
             self._send(f"{type(error).__name__}: {error}".encode(), HTTPStatus.INTERNAL_SERVER_ERROR)
 
     def _send(self, body: bytes, status: HTTPStatus = HTTPStatus.OK) -> None:
@@ -231,19 +263,24 @@ class Handler(BaseHTTPRequestHandler):
             "node": socket.gethostname(),
             "holds_since_s": holds_since(self.places.node),
             "successor": successor.read_text().strip() if successor.exists() else None,
+            # The tunnel of its own takeover must end before it can open another one.
+            "taking_over": self._is_taking_over(),
             **count_open(self.places),
         }
+
+    def _is_taking_over(self) -> bool:
+        board = self.places.addresses.with_name("rollout.json")
+        return board.exists() and json.loads(board.read_text()).get("state") in _BUSY
 
     def _sync(self) -> None:
         lease = self.places.run / "lease"
         if lease.exists():
             lease.touch()
-        revoked = self.places.state / "revoked"
         self._tell(
             {
                 **self._state(),
                 "counters": read_counters(self.places.state / "counters.sqlite3"),
-                "revoked": revoked.read_text().split() if revoked.exists() else [],
+                "revoked": sorted(read_revoked(self.places.state / "revoked")),
             }
         )
 
@@ -279,10 +316,20 @@ class Handler(BaseHTTPRequestHandler):
 
     def _finish(self) -> None:
         """Everybody has been answered: what is written from here on would be lost with this node."""
-        systemctl("stop", "mini-llm-stack.service")
+        self._stop("mini-llm-stack.service")
         # With its socket, or Prometheus' next look would start it again.
-        systemctl("stop", "mini-llm.socket", "mini-llm.service")
+        self._stop("mini-llm.socket", "mini-llm.service")
         self._tell({})
+
+    def _stop(self, *units: str) -> None:
+        """Stops units; meanwhile the tunnel stays, for what they still answer."""
+        end_s = time.monotonic() + _STOP_TIMEOUT_S
+        with subprocess.Popen(["systemctl", "stop", *units], stdin=subprocess.DEVNULL) as stopping:
+            while stopping.poll() is None and time.monotonic() < end_s:
+                self.places.run.joinpath("lease").touch()
+                with suppress(subprocess.TimeoutExpired):
+                    stopping.wait(_TOUCH_EVERY_S)
+            stopping.kill()
 
     def _send_audit(self) -> None:
         folders = [self.places.state / "audit", *sorted((self.places.state / "audit-before").glob("*"))]
@@ -299,21 +346,17 @@ class Handler(BaseHTTPRequestHandler):
 
     def _send_folders(self, folders: list[tuple[Path, str]]) -> None:
         """As a tar archive; how long it is nobody knows before, so the connection ends with it."""
+        self._streams = True
         self.send_response(HTTPStatus.OK)
         self.send_header("Connection", "close")
         self.end_headers()
         with tarfile.open(fileobj=self.wfile, mode="w|") as archive:
             for path, name in folders:
                 archive.add(path, name)
+            archive.addfile(tarfile.TarInfo(END))
 
     def log_message(self, *words: object) -> None:
         """What was done stands in the journal."""
-
-
-def _read(path: Path) -> bytes:
-    if not path.exists() or not path.stat().st_size:
-        raise NotThere(path.name)
-    return path.read_bytes()
 
 
 def serve(connection: socket.socket, folder: Path) -> None:

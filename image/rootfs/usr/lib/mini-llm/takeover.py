@@ -21,10 +21,12 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -37,13 +39,18 @@ import tunnel
 _NETWORK_WITHIN_S, _CONNECT_TIMEOUT_S, _ASK_TIMEOUT_S = 60.0, 1.5, 10.0
 _LARGEST_NETWORK = 1024  # addresses that are tried one by one
 _FINISH_TIMEOUT_S = 800.0  # Traefik and service, each with the time that its answers have
+_BEFORE_WITHIN_S = 840.0
+_LOOKS, _LOOK_AGAIN_S = 3, 2.0
+_LARGEST_ARCHIVE_BYTES = 4 << 30
+_NODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,62}")
+T = TypeVar("T")
 _LOOK_EVERY_S, _SYNC_EVERY_S = 0.2, 1.0
 _GONE_AFTER_S, _TRIES = 20.0, 3
 # After the move: connections on which nobody asks are ended by the old node, long before they would end by themselves.
 _IDLE_S, _LONGEST_ANSWER_S = 10.0, 330.0
 # Where moved flows would be cut: how long to wait for a moment without answers, how long new connections are then kept
 # waiting while the rest ends, and how long at most until the addresses move.
-_GAP_WITHIN_S, _REST_S, _HELD_S = 300.0, 15.0, 30
+_GAP_WITHIN_S, _REST_S, _HELD_S, _HOLD_AGAIN_S, _HOLD_WITHIN_S = 300.0, 15.0, 30, 10.0, 60.0
 _KEPT_AUDIT_FILES = 32
 _BLOCK = re.compile(r"[0-9A-HJKMNP-TV-Z]{26}")  # the name of a block of Prometheus', a ULID
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -56,6 +63,10 @@ class Refused(Exception):
 
 class Gone(Exception):
     """The other node does not answer any more."""
+
+
+class Trouble(Refused):
+    """The other node is there, and cannot do what it was asked for; it may, a little later."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +148,7 @@ class Peer:
                     raise Gone(f"{self.address} does not answer: {type(error).__name__}") from error
                 continue  # it had ended the connection meanwhile
             if answer.status == http.HTTPStatus.INTERNAL_SERVER_ERROR:
-                raise Gone(f"{self.address} cannot do {path}: {answer.read(500).decode(errors='replace')}")
+                raise Trouble(f"{self.address} cannot do {path}: {answer.read(500).decode(errors='replace')}")
             return answer
         raise AssertionError("unreachable")
 
@@ -222,14 +233,15 @@ def choose(states: dict[str, dict[str, Any]], own_name: str) -> str | None:
     return max(holding, key=lambda address: float(states[address]["holds_since_s"]), default=None)
 
 
-def _ask_patiently(peer: Peer) -> dict[str, Any]:
+def patiently(ask: Callable[[], T], sleep: Callable[[float], None] = time.sleep) -> T:
     """A node that only has much to do must not be taken for one that hangs. Raises Refused, Gone."""
     for _ in range(_TRIES - 1):
         try:
-            return peer.tell("/state")
-        except Gone as gone:
-            print(f"takeover: {gone}; once more")
-    return peer.tell("/state")
+            return ask()
+        except (Gone, Trouble) as reason:
+            print(f"takeover: {reason}; once more")
+            sleep(_SYNC_EVERY_S)
+    return ask()
 
 
 def find_predecessor(neighbours: Iterable[str], context: ssl.SSLContext, board: Board) -> Peer | None:
@@ -239,7 +251,7 @@ def find_predecessor(neighbours: Iterable[str], context: ssl.SSLContext, board: 
     for address in neighbours:
         peers[address] = Peer(address, context)
         try:
-            states[address] = _ask_patiently(peers[address])
+            states[address] = patiently(lambda peer=peers[address]: peer.tell("/state"))
         except Refused as refusal:
             refusals.append(str(refusal))
         except Gone as gone:
@@ -250,10 +262,18 @@ def find_predecessor(neighbours: Iterable[str], context: ssl.SSLContext, board: 
             peer.close()
     if chosen is None and refusals:
         raise Refused("; ".join(refusals))
-    if chosen is not None:
-        board.tell(predecessor=str(states[chosen]["node"]))
-        return peers[chosen]
-    return None
+    if chosen is None:
+        return None
+    board.tell(predecessor=str(states[chosen]["node"]))
+    end_s = time.monotonic() + _BEFORE_WITHIN_S
+    while states[chosen].get("taking_over"):
+        if time.monotonic() > end_s:
+            raise Refused(f"{board.state.predecessor} does not come to the end of its own takeover")
+        board.tell(reason=f"{board.state.predecessor} still takes over from the node before it")
+        time.sleep(_SYNC_EVERY_S)
+        states[chosen] = patiently(lambda: peers[chosen].tell("/state"))
+    board.tell(reason=None)
+    return peers[chosen]
 
 
 def _write(path: Path, content: bytes, mode: int) -> None:
@@ -267,12 +287,28 @@ def _write(path: Path, content: bytes, mode: int) -> None:
     unfinished.replace(path)
 
 
+def fits(store: bytes, traefik: Path) -> bool:
+    """Whether the old node's store has a certificate for this node's domain, from the ACME server of this node's facts.
+
+    Where that was changed, or never came to a certificate, another one is to be ordered.
+    """
+    domain = (traefik / "ordered").read_text().split()[0]
+    settings = json.loads((traefik / "traefik.yaml").read_text())["certificatesResolvers"]["acme"]["acme"]
+    try:
+        resolver = json.loads(store)["acme"]
+        account = str(resolver["Account"]["Registration"]["uri"])
+        names = {one["domain"]["main"] for one in resolver["Certificates"] or ()}
+    except (ValueError, TypeError, LookupError):
+        return False
+    return domain in names and urlsplit(account).hostname == urlsplit(settings["caServer"]).hostname
+
+
 def take_first(peer: Peer, places: handover.Places, board: Board) -> None:
     """What service and Traefik must find at their start. Raises Refused, Gone, OSError."""
     if (places.traefik / "ordered").exists() and not places.acme.exists():
         answer = peer.ask("/certificate")
         content = answer.read()
-        if answer.status == http.HTTPStatus.OK:
+        if answer.status == http.HTTPStatus.OK and fits(content, places.traefik):
             _write(places.acme, content, 0o600)
             board.tell(certificate=True)
     head = _AUDIT_HEAD.fullmatch(peer.ask("/audit/head").read().decode(errors="replace"))
@@ -293,7 +329,7 @@ def tell_service(control: Path, counters: dict[str, Any]) -> None:
 
 def revoke(path: Path, hashes: Iterable[str]) -> None:
     """Adds hashes to the list of revoked keys; raises OSError."""
-    known = set(path.read_text().split()) if path.exists() else set()
+    known = handover.read_revoked(path)
     more = {each for each in hashes if _SHA256.fullmatch(each)} - known
     if more:
         _write(path, "".join(f"{each}\n" for each in sorted(known | more)).encode(), 0o600)
@@ -318,42 +354,80 @@ def was_knocked(listed: str, source: str) -> bool:
     return source in _read_sets(listed, "knocked")
 
 
-def take_audit(answer: http.client.HTTPResponse, state: Path) -> None:
-    """The old node's audit log, and those before it, beside this node's own; raises OSError, TarError."""
-    before = state / "audit-before"
-    before.mkdir(mode=0o700, exist_ok=True)
-    _unpack(answer, before)
-    owner = state.stat()
-    for path in [before, *before.rglob("*")]:
-        os.chown(path, owner.st_uid, owner.st_gid)
-    folders = sorted(before.iterdir(), key=lambda path: path.stat().st_mtime)
-    while len(folders) > 1 and sum(1 for path in before.rglob("audit-*.jsonl")) > _KEPT_AUDIT_FILES:
-        shutil.rmtree(folders.pop(0))
+def _count_files(name: str, within: int) -> int:
+    folder = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=within)
+    try:
+        return len(os.listdir(folder))  # noqa: PTH208 - by the folder's descriptor
+    finally:
+        os.close(folder)
 
 
-def take_history(answer: http.client.HTTPResponse, prometheus: Path) -> int:
-    """The old node's blocks, beside this one's: Prometheus finds them within a minute. How many; raises as above."""
-    aside, owner = prometheus / "taken-over", prometheus.stat()
+@contextmanager
+def _opened(folder: Path, owner: os.stat_result) -> Iterator[int]:
+    """A folder in another user's place, made if it is not there, by a descriptor: a link is not followed."""
+    try:
+        folder.mkdir(mode=0o700)
+        os.chown(folder, owner.st_uid, owner.st_gid, follow_symlinks=False)
+    except FileExistsError:
+        pass  # of an earlier rollout, or somebody's link, which is not opened
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _unpacked(answer: http.client.HTTPResponse, aside: Path, owner: os.stat_result) -> Iterator[list[Path]]:
+    """An archive's folders, in a place of root's alone until they belong to whom they are for. Raises as `_unpack`."""
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(mode=0o700)
     try:
         _unpack(answer, aside)
-        blocks = [path for path in aside.iterdir() if _BLOCK.fullmatch(path.name)]
         for path in aside.rglob("*"):
-            os.chown(path, owner.st_uid, owner.st_gid)
+            os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
+        yield sorted(path for path in aside.iterdir() if path.is_dir())
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def take_audit(answer: http.client.HTTPResponse, state: Path, aside: Path) -> None:
+    """The old node's audit log, and those before it, beside this node's own; raises OSError, TarError."""
+    owner = state.stat()
+    with _unpacked(answer, aside, owner) as folders, _opened(state / "audit-before", owner) as before:
+        for path in folders:
+            if not _NODE.fullmatch(path.name):
+                raise OSError("the archive has a folder that is no node's")
+            shutil.rmtree(path.name, ignore_errors=True, dir_fd=before)
+            os.rename(path, path.name, dst_dir_fd=before)
+        kept = sorted(os.listdir(before), key=lambda name: os.lstat(name, dir_fd=before).st_mtime)  # noqa: PTH208
+        while len(kept) > 1 and sum(_count_files(name, before) for name in kept) > _KEPT_AUDIT_FILES:
+            shutil.rmtree(kept.pop(0), ignore_errors=True, dir_fd=before)
+
+
+def take_history(answer: http.client.HTTPResponse, prometheus: Path, aside: Path) -> int:
+    """The old node's blocks, beside this one's: Prometheus finds them within a minute. How many; raises as above."""
+    with _unpacked(answer, aside, prometheus.stat()) as folders:
+        blocks = [path for path in folders if _BLOCK.fullmatch(path.name)]
         for path in blocks:
             if not (prometheus / path.name).exists():
                 path.rename(prometheus / path.name)
         return len(blocks)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _unpack(answer: http.client.HTTPResponse, folder: Path) -> None:
     if answer.status != http.HTTPStatus.OK:
         raise OSError(f"status {answer.status}")
+    left, ended = _LARGEST_ARCHIVE_BYTES, False
     with tarfile.open(fileobj=answer, mode="r|") as archive:
-        archive.extractall(folder, filter="data")
+        for member in archive:
+            left, ended = left - member.size, member.name == handover.END
+            if left < 0:
+                raise OSError("the archive is larger than any that is handed over")
+            if not ended:
+                archive.extract(member, folder, filter="data")
+    if not ended:
+        raise OSError("the archive was cut")
 
 
 @dataclass
@@ -392,16 +466,21 @@ class Takeover:
         told: set[str] = set()
         heard_s, synced_s = self.now_s(), -_SYNC_EVERY_S
         moved_s: float | None = None
-        asked_s = self.now_s()
+        asked_s = held_s = self.now_s()
         while True:
-            arrived = read_arrived(self._list()) & set(self.addresses)
             try:
+                if self.board.state.flows == "cut" and moved_s is None and self.now_s() - held_s > _HOLD_AGAIN_S:
+                    held_s = self.now_s()
+                    if held_s - asked_s < _HOLD_WITHIN_S:
+                        peer.tell("/hold", {"seconds": _HELD_S})
+                arrived = read_arrived(self._list()) & set(self.addresses)
                 if arrived - told:
                     if self._main() in arrived:
                         arrived = set(self.addresses)  # it moves last
                         mark_arrived(self.places.node)
                     peer.tell("/moved", {"node": socket.gethostname(), "addresses": sorted(arrived)})
                     told |= arrived
+                    heard_s = self.now_s()
                     if moved_s is None and self._main() in told:
                         moved_s = asked_s = self.now_s()
                         self.board.tell(state="moved")
@@ -415,8 +494,9 @@ class Takeover:
                         self.board.tell(state="prepared")
                     if moved_s is not None and self._is_over(open_ones, moved_s, asked_s):
                         return
-            except Gone:
+            except (Gone, Trouble, OSError, ValueError, subprocess.SubprocessError) as error:
                 peer.close()
+                print(f"takeover: {error}")
                 if self.now_s() - heard_s > _GONE_AFTER_S:
                     raise
             self.sleep(_LOOK_EVERY_S)
@@ -463,17 +543,24 @@ class Takeover:
 
     def finish(self, peer: Peer) -> None:
         """What the old node can give only once it serves nobody any more; what cannot be had is a note."""
-        try:
-            peer.tell("/finish", {}, _FINISH_TIMEOUT_S)
-            self.sync(peer)
-            take_audit(peer.ask("/audit", timeout_s=60.0), self.places.state)
-            peer.close()
-            blocks = take_history(peer.ask("/history", timeout_s=120.0), self.places.prometheus)
-            print(f"takeover: {blocks} blocks of Prometheus' history")
-        except (Refused, Gone, OSError, ValueError, tarfile.TarError, http.client.HTTPException) as error:
-            self.board.note(f"not everything of the old node came over: {error}")
-        finally:
-            peer.close()
+        aside = self.places.node / "taken-over"
+        steps: dict[str, Callable[[], Any]] = {
+            "its end": lambda: peer.tell("/finish", {}, _FINISH_TIMEOUT_S),
+            "its last counters": lambda: self.sync(peer),
+            "its audit log": lambda: take_audit(peer.ask("/audit", timeout_s=60.0), self.places.state, aside),
+            "its history": lambda: take_history(peer.ask("/history", timeout_s=120.0), self.places.prometheus, aside),
+        }
+        for what, step in steps.items():
+            for last in (False, True):
+                try:
+                    step()
+                    break
+                except (Refused, Gone, OSError, ValueError, tarfile.TarError, http.client.HTTPException) as error:
+                    print(f"takeover: {what} did not come over: {error}")
+                    if last:
+                        self.board.note(f"{what} did not come over from the old node: {error}")
+                finally:
+                    peer.close()  # an archive ends with its connection
 
     def wait_for_addresses(self) -> None:
         """Without a predecessor: until somebody has asked at the address."""
@@ -500,9 +587,15 @@ def outer_address(listed: str) -> str:
 def find_out(url: str, folder: Path, board: Board) -> Peer | None:
     """The predecessor, if there is one. Raises Refused."""
     here = wait_for_neighbourhood(url)
-    others = (str(address) for address in here.network.hosts() if str(address) != here.own)
+    others = [str(address) for address in here.network.hosts() if str(address) != here.own]
     context = handover.make_context(folder, ssl.PROTOCOL_TLS_CLIENT)
-    return find_predecessor(asyncio.run(find_open(others)), context, board)
+    found: list[str] = []
+    for _ in range(_LOOKS):
+        # A private network that has just come may not carry anything yet.
+        if found := asyncio.run(find_open(others)):
+            break
+        time.sleep(_LOOK_AGAIN_S)
+    return find_predecessor(found, context, board)
 
 
 def is_ready() -> bool:
@@ -530,7 +623,7 @@ def main(url: str, folder: Path, state: Path, control: Path) -> int:
         # Where the facts say so, nobody is asked: that is how a deployment's key is changed.
         peer = None if (folder / "alone").exists() else find_out(url, folder, board)
         if peer is not None:
-            take_first(peer, places, board)
+            patiently(lambda: take_first(peer, places, board))
     except Gone as gone:
         board.note(f"{gone}: nothing was taken over from it")
         peer = None
@@ -544,7 +637,7 @@ def main(url: str, folder: Path, state: Path, control: Path) -> int:
     try:
         if peer is not None:
             wait_for_service(control)
-            own.prepare(peer)
+            patiently(lambda: own.prepare(peer))
             own.follow(peer)
             own.finish(peer)
     except Gone as gone:
