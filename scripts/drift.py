@@ -19,8 +19,10 @@ try:
     from scripts.bake.channels import tfvars_file
     from scripts.bake.cloud import Cloud, find_access
     from scripts.bake.errors import BakeError, Refused
+    from scripts.bake.prices import read_price
     from scripts.bake.runs import read_json
     from scripts.bake.snapshots import DEFAULT_CHANNEL, Snapshot, holders, is_channel_name
+    from scripts.deployment import DEFAULT_DEPLOYMENT, own_servers
 except ModuleNotFoundError as error:
     sys.exit(f"error: Python has no module {error.name}; run `make bake`, which sets up .venv, and use its Python")
 
@@ -111,15 +113,14 @@ def list_nodes(cloud: Cloud, deployment: str) -> list[Node]:
             each.location.name,
             each.status,
         )
-        for each in cloud.servers()
-        if each.labels.get("product") == "mini-llm" and each.labels.get("deployment") == deployment
+        for each in own_servers(cloud, deployment)
     ]
 
 
 def list_prices(cloud: Cloud) -> dict[tuple[str, str], float]:
     """Euros net an hour, by type and location. Raises BakeError."""
     return {
-        (each.name, price["location"]): float(price["price_hourly"]["net"])
+        (each.name, price["location"]): read_price(price["price_hourly"]).net_eur
         for each in cloud.server_types()
         for price in each.prices or []
     }
@@ -170,7 +171,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--folder", type=Path, default=ROOT / "terraform", help="where Terraform's files and state are")
-    parser.add_argument("--deployment", default="mini-llm", help="the name that the deployment has in its variables")
+    parser.add_argument("--deployment", default=DEFAULT_DEPLOYMENT, help="the name that it has in its variables")
     parser.add_argument("--channel", default=DEFAULT_CHANNEL, help=f"whose image should run ({DEFAULT_CHANNEL})")
     parser.add_argument("--price", type=float, help="euros an hour that the facts name, if terraform.tfvars has it")
     parser.add_argument("--program", default="terraform", help="terraform or tofu")

@@ -19,11 +19,14 @@ from typing import Any, TypeVar
 import requests
 from hcloud import APIException, Client
 from hcloud.actions import BoundAction
+from hcloud.floating_ips import BoundFloatingIP
 from hcloud.images import BoundImage, Image
 from hcloud.locations import Location
+from hcloud.primary_ips import BoundPrimaryIP
 from hcloud.server_types import BoundServerType, ServerType
 from hcloud.servers import BoundServer
 from hcloud.ssh_keys import BoundSSHKey
+from hcloud.volumes import BoundVolume
 
 from scripts.bake.errors import BakeError, CloudFailed, ImageGone, Refused, Unavailable
 from scripts.bake.snapshots import SELECTOR, Snapshot, read_snapshot, with_labels
@@ -226,6 +229,18 @@ class Cloud:
     def server_types(self) -> list[BoundServerType]:
         """What is on offer."""
         return self._ask("list the server types", self.client.server_types.get_all)
+
+    def floating_ips(self) -> list[BoundFloatingIP]:
+        """Every floating IP of the project."""
+        return self._ask("list the floating IPs", self.client.floating_ips.get_all)
+
+    def primary_ips(self) -> list[BoundPrimaryIP]:
+        """Every primary IP of the project; a server's own addresses are such."""
+        return self._ask("list the primary IPs", self.client.primary_ips.get_all)
+
+    def volumes(self) -> list[BoundVolume]:
+        """Every volume of the project."""
+        return self._ask("list the volumes", self.client.volumes.get_all)
 
     def pricing(self) -> dict[str, Any]:
         """The price list, as ``GET /pricing`` has it."""

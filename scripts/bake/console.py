@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import median
@@ -92,6 +92,15 @@ class Console:
             write_json(self._path, kept)
         except OSError as error:  # the times are a comfort, no more
             logging.info("times cannot be kept: %s", error)
+
+
+def table(rows: Sequence[Sequence[object]]) -> list[str]:
+    """Lines with their cells in columns; the first row is the headings, without rows below it there is no table."""
+    if len(rows) < 2:
+        return []
+    texts = [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(row[column]) for row in texts) for column in range(len(texts[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in texts]
 
 
 def _width() -> int:

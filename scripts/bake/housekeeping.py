@@ -1,13 +1,16 @@
 """Owns what stays and what it costs: prune, and the cost of what is kept."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hcloud.server_types import BoundServerType
+from hcloud.servers import BoundServer
+
 from scripts.bake.cloud import Cloud
 from scripts.bake.leftovers import find_leftovers
-from scripts.bake.preflight import price_per_gb_month
+from scripts.bake.prices import Price, price_of_type, price_per_gb_month
 from scripts.bake.snapshots import Snapshot, keep_reasons
 
 NEWEST_KEPT = 3
@@ -35,7 +38,7 @@ def plan_pruning(cloud: Cloud, newest: int, wanted_inputs: Collection[str]) -> P
     snapshots = cloud.snapshots()
     reasons = keep_reasons(snapshots, _running(cloud), newest, wanted_inputs)
     going = [each for each in snapshots if each.id not in reasons]
-    per_gb = price_per_gb_month(cloud.pricing())
+    per_gb = price_per_gb_month(cloud.pricing()).net_eur
     return Pruning(
         going,
         [(each, reasons[each.id]) for each in snapshots if each.id in reasons],
@@ -59,10 +62,17 @@ def prune(cloud: Cloud, plan: Pruning, newest: int, wanted_inputs: Collection[st
     return gone
 
 
+def price_of_server(server: BoundServer, types: Iterable[BoundServerType], period: str) -> Price | None:
+    """What a server costs, ``hourly`` or ``monthly``; a type that is not sold any more may have left the list."""
+    listed = {each.name: each.prices for each in types}
+    prices = listed.get(server.server_type.name) or server.server_type.prices
+    return price_of_type(prices, server.location.name, period)
+
+
 def cost(cloud: Cloud, state: Path) -> dict[str, Any]:
     """Euros net a month of what this product keeps at the cloud, and of what dead runs left there."""
-    per_gb = price_per_gb_month(cloud.pricing())
-    prices = {each.name: each.prices for each in cloud.server_types()}
+    per_gb = price_per_gb_month(cloud.pricing()).net_eur
+    types = cloud.server_types()
     leftovers = find_leftovers(cloud, state)
     rows = [
         {
@@ -81,15 +91,7 @@ def cost(cloud: Cloud, state: Path) -> dict[str, Any]:
             "what": f"server {each.name} ({each.server_type.name})",
             "version": images[each.image.id],
             "size_gb": None,
-            # A type that is not sold any more may have left the list, or a location it.
-            "eur_per_month": next(
-                (
-                    float(price["price_monthly"]["net"])
-                    for price in prices.get(each.server_type.name) or each.server_type.prices or []
-                    if price["location"] == each.location.name
-                ),
-                None,
-            ),
+            "eur_per_month": None if (price := price_of_server(each, types, "monthly")) is None else price.net_eur,
         }
         for each in cloud.servers()
         if each.image is not None and each.image.id in images

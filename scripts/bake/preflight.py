@@ -10,6 +10,7 @@ from hcloud.server_types import BoundServerType
 
 from scripts.bake.errors import Refused
 from scripts.bake.inputs import Tree
+from scripts.bake.prices import price_of_type, price_per_gb_month
 from scripts.bake.runs import read_json, write_json
 from scripts.bake.snapshots import shorten
 
@@ -94,10 +95,8 @@ def _check_disk(chosen: BoundServerType, tree: Tree, smallest_gb: int) -> None:
 
 
 def _prices(offered: BoundServerType, location: str) -> tuple[float, float]:
-    for price in offered.prices or []:
-        if price["location"] == location:
-            return float(price["price_hourly"]["net"]), float(price["price_monthly"]["net"])
-    return float("inf"), float("inf")
+    hourly, monthly = (price_of_type(offered.prices, location, period) for period in ("hourly", "monthly"))
+    return (hourly.net_eur if hourly else float("inf")), (monthly.net_eur if monthly else float("inf"))
 
 
 def _is_offered(offered: BoundServerType, location: str, by_name: bool) -> bool:
@@ -110,16 +109,11 @@ def _is_offered(offered: BoundServerType, location: str, by_name: bool) -> bool:
 
 def price_of_bake(places: Places, servers: int, snapshot_gb: float, pricing: Mapping[str, Any]) -> dict[str, float]:
     """Euros net: once, for ``servers`` that bake and one probe (each a whole hour), and a month of the snapshot."""
-    per_gb = price_per_gb_month(pricing)
+    per_gb = price_per_gb_month(pricing).net_eur
     return {
         "once_eur": round(servers * places.bake[0].eur_per_hour + places.probe[0].eur_per_hour, 4),
         "monthly_eur": round(snapshot_gb * per_gb, 4),
     }
-
-
-def price_per_gb_month(pricing: Mapping[str, Any]) -> float:
-    """What a gigabyte of a snapshot costs a month, in euros net."""
-    return float(pricing["image"]["price_per_gb_month"]["net"])
 
 
 def check_tree(tree: Tree, dirty_allowed: bool) -> None:

@@ -99,21 +99,23 @@ class ByAddress(HTTPAdapter):
         super().init_poolmanager(*words, **self._names, **more)
 
 
+def open_session(name: str, verify: bool | str) -> requests.Session:
+    """Asks addresses for a name; ``verify`` is what requests takes, and without it the name is not verified either."""
+    session = requests.Session()
+    session.trust_env = False  # neither a proxy nor a netrc of who asks
+    session.mount("https://", ByAddress(name if verify else None, name))
+    session.headers["Host"] = name
+    session.verify = verify
+    return session
+
+
 class Probe:
     """A node that is asked; answers are requests' own, and so are the errors of a node that does not answer."""
 
     def __init__(self, address: str, facts: ProbeFacts):
         self.address, self._facts = address, facts
-        self._sessions = {name: self._session(name) for name in (DOMAIN, MONITORING)}
+        self._sessions = {name: open_session(name, str(facts.certificate)) for name in (DOMAIN, MONITORING)}
         self._sessions[MONITORING].auth = (_USER, facts.password)
-
-    def _session(self, name: str) -> requests.Session:
-        session = requests.Session()
-        session.trust_env = False  # neither a proxy nor a netrc of who bakes
-        session.mount("https://", ByAddress(name, name))
-        session.headers["Host"] = name
-        session.verify = str(self._facts.certificate)
-        return session
 
     def ask(self, path: str, key: str | None = "", **more: Any) -> requests.Response:
         """The service's answer, by the probe's own key, by another, or by none for None; a ``json`` makes it a POST."""
