@@ -1,6 +1,6 @@
 """Owns how a node is asked from outside: at its own address, by its name, and what of it is trusted.
 
-Whether it is ready is asked in any case; the password of its monitoring goes only to whom the certificate proves.
+Whether it is ready is asked in any case; a key and the password of its monitoring go only to whom a certificate proves.
 """
 
 import argparse
@@ -18,11 +18,13 @@ import requests
 from cryptography import x509
 from urllib3 import disable_warnings
 from urllib3.exceptions import InsecureRequestWarning
+from urllib3.util.ssl_ import create_urllib3_context
 
 from scripts.bake.errors import Refused
 from scripts.bake.probe import open_session
 
 PASSWORD_VARIABLE = "MONITORING_PASSWORD"  # noqa: S105 - the variable's name
+KEY_VARIABLE = "MINI_LLM_KEY"
 _TIMEOUT_S = (5.0, 20.0)
 _HANDSHAKE_TIMEOUT_S = 5.0
 
@@ -39,6 +41,7 @@ class Way:
     authority: str = ""
     user: str = ""
     password: str = field(default="", repr=False)
+    key: str = field(default="", repr=False)
 
     @property
     def monitoring(self) -> str:
@@ -63,15 +66,24 @@ def read_certificate(address: str, way: Way) -> Certificate:
     """The certificate that the node shows for its domain. Raises NotTold."""
     try:
         try:
-            shown, problem = _shake_hands(address, way, ssl.create_default_context(cafile=way.authority or None)), None
+            shown, problem = _shake_hands(address, way, _context(way)), None
         except ssl.SSLCertVerificationError as error:
-            lenient = ssl.create_default_context()
-            lenient.check_hostname, lenient.verify_mode = False, ssl.CERT_NONE
-            shown, problem = _shake_hands(address, way, lenient), error.verify_message
+            shown, problem = _shake_hands(address, way, _context(None)), error.verify_message
         ends = x509.load_der_x509_certificate(shown).not_valid_after_utc
     except (OSError, ValueError) as error:
         raise NotTold(f"{address} does not answer over HTTPS ({type(error).__name__})") from error
     return Certificate((ends - datetime.now(UTC)).total_seconds() / 86400, problem)
+
+
+def _context(way: Way | None) -> ssl.SSLContext:
+    """Trusts whom `see` trusts, in the same way; without a way whoever answers."""
+    context = create_urllib3_context()
+    context.check_hostname = False  # or what follows is refused
+    context.verify_mode = ssl.CERT_NONE if way is None else ssl.CERT_REQUIRED
+    if way is not None:
+        context.check_hostname = True
+        context.load_verify_locations(way.authority or requests.certs.where())
+    return context
 
 
 def _shake_hands(address: str, way: Way, context: ssl.SSLContext) -> bytes:
@@ -102,18 +114,33 @@ def see(address: str, way: Way, path: str, **parameters: str) -> Any:
     """What the node's monitoring says, as JSON. Raises NotTold."""
     session = open_session(way.monitoring, way.authority or True)
     session.auth = (way.user, way.password)
+    refusals = {401: f"the monitoring does not take {way.user}'s password", 404: "the node's facts open no monitoring"}
+    return _get(session, way.monitoring, f"https://{in_url(address)}{path}", refusals, parameters)
+
+
+def read_boot(address: str, way: Way) -> dict[str, float | None]:
+    """The boot's timeline, in seconds since it began, which the service tells to who has a key. Raises NotTold."""
+    session = open_session(way.domain, way.authority or True)
+    session.headers["Authorization"] = f"Bearer {way.key}"
+    refusals = {401: f"the service does not take the key in {KEY_VARIABLE}"}
+    told = _get(session, way.domain, f"https://{in_url(address)}/version", refusals, {})
     try:
-        answer = session.get(f"https://{in_url(address)}{path}", params=parameters, timeout=_TIMEOUT_S)
-        if answer.status_code == 401:
-            raise NotTold(f"the monitoring does not take {way.user}'s password")
-        if answer.status_code == 404:
-            raise NotTold("the node's facts open no monitoring")
+        return dict(told["boot"])
+    except (LookupError, TypeError, ValueError) as error:
+        raise NotTold("what the service tells of its boot makes no sense") from error
+
+
+def _get(session: requests.Session, name: str, url: str, refusals: dict[int, str], parameters: dict[str, str]) -> Any:
+    try:
+        answer = session.get(url, params=parameters, timeout=_TIMEOUT_S)
+        if answer.status_code in refusals:
+            raise NotTold(refusals[answer.status_code])
         answer.raise_for_status()
         return answer.json()
     except requests.exceptions.SSLError as error:
-        raise NotTold(f"{way.monitoring} has no valid certificate, so it was told no password") from error
+        raise NotTold(f"{name} has no valid certificate, so it was told nothing secret") from error
     except requests.RequestException as error:  # a JSONDecodeError is one, too
-        raise NotTold(f"the monitoring does not answer ({type(error).__name__})") from error
+        raise NotTold(f"{name} does not answer ({type(error).__name__})") from error
 
 
 def query(address: str, way: Way, expression: str) -> float | None:
@@ -152,4 +179,4 @@ def read_way(options: argparse.Namespace, domain: str | None) -> Way | None:
                 f"set {PASSWORD_VARIABLE}, or run it in a terminal",
             )
         password = getpass.getpass(f"password of {options.monitoring_user} at monitoring.{domain}: ")
-    return Way(domain, options.authority, options.monitoring_user, password)
+    return Way(domain, options.authority, options.monitoring_user, password, os.environ.get(KEY_VARIABLE, ""))

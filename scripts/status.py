@@ -35,7 +35,7 @@ try:
         own_addresses,
         read_deployment,
     )
-    from scripts.node import NotTold, Way, add_options, read_certificate, read_way, see, why_not_ready
+    from scripts.node import NotTold, Way, add_options, read_boot, read_certificate, read_way, see, why_not_ready
 except ModuleNotFoundError as error:
     sys.exit(f"error: Python has no module {error.name}; run `make bake`, which sets up .venv, and use its Python")
 
@@ -50,16 +50,16 @@ class Report:
     model: str | None
     version: str | None
     audit_findings: int | None
-    first_answer_s: float | None
     failed_units: list[str]
 
 
 @dataclass(frozen=True)
 class Told:
-    """What a node itself says; ``problem`` is None if it is ready, ``silence`` why there is no report."""
+    """What a node itself says; ``problem`` is None if it is ready, ``silence`` why not all was told that was asked."""
 
     problem: str | None
     certificate_days: float | None = None
+    first_answer_s: float | None = None
     report: Report | None = None
     silence: str | None = None
 
@@ -107,13 +107,12 @@ def read_report(told: Any) -> Report:
     """The part of a node's report that is shown. Raises NotTold if it is none."""
     if not isinstance(told, dict) or "failed_units" not in told:
         raise NotTold("the node's report makes no sense")
-    image, audit, boot = (told.get(name) or {} for name in ("image", "audit", "boot"))
+    image, audit = told.get("image") or {}, told.get("audit") or {}
     findings = audit.get("findings")
     return Report(
         (image.get("model") or {}).get("name"),
         image.get("version"),
         None if findings is None else len(findings),
-        boot.get("first_token_s", boot.get("model_s")),
         list(told["failed_units"]),
     )
 
@@ -127,13 +126,20 @@ def ask(address: str, way: Way) -> Told:
         return Told(str(reason))
     if problem is None and certificate.problem is not None:
         problem = f"its certificate is not valid for {way.domain}: {certificate.problem}"
-    days = round(certificate.days_left, 1)
-    if not way.user:
-        return Told(problem, days)
-    try:
-        return Told(problem, days, read_report(see(address, way, "/node")))
-    except (NotTold, AttributeError, TypeError) as reason:
-        return Told(problem, days, silence=str(reason))
+    silence, first_answer_s, report = [], None, None
+    if way.key:
+        try:
+            boot = read_boot(address, way)
+            # The model's known answer is one, too, where nobody has asked yet.
+            first_answer_s = boot.get("first_token_s") or boot.get("model_s")
+        except NotTold as reason:
+            silence.append(str(reason))
+    if way.user:
+        try:
+            report = read_report(see(address, way, "/node"))
+        except (NotTold, AttributeError, TypeError) as reason:
+            silence.append(str(reason))
+    return Told(problem, round(certificate.days_left, 1), first_answer_s, report, "; ".join(silence) or None)
 
 
 def _node(
@@ -251,21 +257,21 @@ def _lines_of_nodes(nodes: Iterable[Node]) -> list[str]:
 
 def _lines_of_reports(nodes: Iterable[Node]) -> list[str]:
     rows: list[tuple[object, ...]] = [
-        ("node", "certificate", "model", "image says", "audit", "first answer", "failed units")
+        ("node", "certificate", "first answer", "model", "image says", "audit", "failed units", "not told")
     ]
     for each in nodes:
         told = each.told
         if told is None or told.certificate_days is None:
             continue
         days = f"{told.certificate_days:.0f} days left"
+        first = "-" if told.first_answer_s is None else f"{told.first_answer_s:.1f} s"
         if told.report is None:
-            rows.append((each.name, days, "-", "-", "-", "-", told.silence or "-"))
+            rows.append((each.name, days, first, "-", "-", "-", "-", told.silence or ""))
             continue
         report = told.report
         clean = {None: "none made", 0: "clean"}.get(report.audit_findings, f"{report.audit_findings} findings")
-        first = "?" if report.first_answer_s is None else f"{report.first_answer_s:.1f} s"
         units = ", ".join(report.failed_units) or "none"
-        rows.append((each.name, days, _or(report.model), _or(report.version), clean, first, units))
+        rows.append((each.name, days, first, _or(report.model), _or(report.version), clean, units, told.silence or ""))
     return table(rows)
 
 

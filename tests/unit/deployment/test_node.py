@@ -17,7 +17,7 @@ from requests.adapters import BaseAdapter
 from scripts import node
 from scripts.bake.errors import Refused
 from scripts.bake.probe import make_facts
-from scripts.node import NotTold, Way, add_options, query, read_certificate, read_way, see, why_not_ready
+from scripts.node import NotTold, Way, add_options, query, read_boot, read_certificate, read_way, see, why_not_ready
 
 WAY = Way("llm.example.org", user="operator", password="secret-word")
 Answer = requests.Response | Exception
@@ -94,7 +94,7 @@ def test_ready_or_why_not(told: requests.Response, reason: str | None, script: C
         (answer(404, ""), "open no monitoring"),
         (answer(500, ""), "does not answer \\(HTTPError\\)"),
         (answer(200, "<html>"), "does not answer \\(JSONDecodeError\\)"),
-        (requests.exceptions.SSLError("self-signed"), "told no password"),
+        (requests.exceptions.SSLError("self-signed"), "told nothing secret"),
         (requests.ConnectTimeout(), "does not answer \\(ConnectTimeout\\)"),
     ],
 )
@@ -122,6 +122,20 @@ def test_prometheus_answers_with_a_number_or_none(script: Callable[[Answer], Scr
     script(answer(200, {"data": {}}))
     with pytest.raises(NotTold, match="makes no sense"):
         query("192.0.2.1", WAY, "up")
+
+
+def test_the_boot_is_told_to_who_has_a_key(script: Callable[[Answer], Scripted]) -> None:
+    """The key goes by a header, and only to whom a certificate proves."""
+    keyed = Way("llm.example.org", authority="/a.pem", key="mllm_secret")
+    asked = script(answer(200, {"boot": {"model_s": 1.5}}))
+    assert read_boot("192.0.2.1", keyed) == {"model_s": 1.5}
+    [(request, verify)] = asked.seen
+    assert (request.headers["Authorization"], verify) == ("Bearer mllm_secret", "/a.pem")
+    for told, reason in ((answer(401, ""), "does not take the key"), (answer(200, {}), "makes no sense")):
+        script(told)
+        with pytest.raises(NotTold, match=reason) as caught:
+            read_boot("192.0.2.1", keyed)
+        assert "mllm_secret" not in str(caught.value) + repr(keyed)
 
 
 def test_the_certificate_is_read_also_where_nobody_would_take_it(

@@ -18,7 +18,7 @@ WAY = Way("llm.example.org", user="operator", password="p")
 REPORT = {
     "image": {"version": "1.2", "model": {"name": "starter"}},
     "audit": {"findings": []},
-    "boot": {"model_s": 1.5, "first_token_s": 1.75},
+    "boot": {"facts_s": 0.5},
     "failed_units": ["x.service"],
 }
 
@@ -29,7 +29,8 @@ def options(folder: Path, *words: str) -> Any:
 
 def test_a_deployment_in_one_view(cloud: Cloud, two_nodes: Snapshot, tmp_path: Path) -> None:
     """A node that does not answer is a line, and keeps nothing else out."""
-    told = {0: Told(None, 80.2, read_report(REPORT)), 1: Told("192.0.2.9 does not answer over HTTPS (TimeoutError)")}
+    silent = "192.0.2.9 does not answer over HTTPS (TimeoutError)"
+    told = {0: Told(None, 80.2, 1.75, read_report(REPORT)), 1: Told(silent)}
     asked: list[str] = []
 
     def asking(address: str, way: Way) -> Told:
@@ -51,7 +52,7 @@ def test_a_deployment_in_one_view(cloud: Cloud, two_nodes: Snapshot, tmp_path: P
     assert (used["id"], used["runs_on"], used["holds"]) == (two_nodes.id, ["mini-llm-a", "mini-llm-b"], ["stable"])
     text = "\n".join(lines(found))
     assert "other" not in text
-    assert "does not answer over HTTPS (TimeoutError)" in text
+    assert silent in text
     assert "80 days left" in text
     for cell in ("starter", "clean", "1.8 s", "x.service"):
         assert cell in text
@@ -77,9 +78,9 @@ def test_without_a_node(cloud: Cloud, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("report", "shown"),
     [
-        (REPORT, Report("starter", "1.2", 0, 1.75, ["x.service"])),
-        ({"failed_units": []}, Report(None, None, None, None, [])),
-        ({"image": None, "boot": {"model_s": 2.0}, "failed_units": []}, Report(None, None, None, 2.0, [])),
+        (REPORT, Report("starter", "1.2", 0, ["x.service"])),
+        ({"failed_units": []}, Report(None, None, None, [])),
+        ({"image": None, "audit": {}, "failed_units": []}, Report(None, None, None, [])),
     ],
 )
 def test_a_report_may_have_gaps(report: dict[str, Any], shown: Report) -> None:
@@ -93,7 +94,12 @@ def test_what_a_node_says_is_one_record(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(status, "read_certificate", lambda address, way: good)
     monkeypatch.setattr(status, "why_not_ready", lambda address, way: None)
     monkeypatch.setattr(status, "see", lambda address, way, path: REPORT)
-    assert ask("192.0.2.1", WAY) == Told(None, 80.2, read_report(REPORT))
+    assert ask("192.0.2.1", WAY) == Told(None, 80.2, None, read_report(REPORT))
+    keyed = Way("llm.example.org", key="k")
+    for token_s, first_s in ((1.75, 1.75), (None, 1.5)):
+        boot = {"model_s": 1.5, "first_token_s": token_s}
+        monkeypatch.setattr(status, "read_boot", lambda address, way, boot=boot: boot)
+        assert ask("192.0.2.1", keyed) == Told(None, 80.2, first_s)
     assert ask("192.0.2.1", Way("llm.example.org")) == Told(None, 80.2)
     monkeypatch.setattr(status, "see", lambda address, way, path: {"image": "?", "failed_units": []})
     assert ask("192.0.2.1", WAY).silence
