@@ -32,6 +32,7 @@ PROMETHEUS = Program("prometheus", "3.15.0", "github.com/prometheus/prometheus/c
 # The newest whose module holds its own pages; the image's is 0.34.
 ALERTMANAGER = Program("alertmanager", "0.31.1", "github.com/prometheus/alertmanager/cmd/alertmanager")
 NODE_EXPORTER = Program("node-exporter", "1.12.1", "github.com/prometheus/node_exporter")
+OPENTOFU = Program("opentofu", "1.12.6", "github.com/opentofu/opentofu/cmd/tofu", ("tofu", "version"))
 # Not Grafana: it says so to whoever asks, in its place behind Traefik.
 GRAFANA_STAND_IN = Program("grafana-stand-in", "2", "mini-llm/tests/programs/grafana-stand-in")
 
