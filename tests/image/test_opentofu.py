@@ -12,6 +12,7 @@ import secrets
 import shutil
 import subprocess
 import threading
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import md5
@@ -128,11 +129,14 @@ def test_the_deployment_with_an_encrypted_state(
         assert set(json.loads(raw)) >= {"encrypted_data", "meta"}
         code, clear = made.run("state", "pull")
         assert code == 0, clear
-        proof = json.loads(re.search(r'"secret": ("[^"]+")', clear).group(1))  # type: ignore[union-attr]
+        [proof, *_] = re.findall(r'"secret":"([^"]+)"', clear.replace('": "', '":"'))
         line_of_key = certificate["key"].splitlines()[1]
-        assert line_of_key in clear  # so it is worth to hide it
+        assert line_of_key not in clear  # the provider keeps a digest of the user-data
+        code, said = made.run("plan", "-input=false", "-out=saved", "-replace=terraform_data.node")
+        assert code == 0, said
+        assert not zipfile.is_zipfile(made.folder / "saved")  # as which a plan in clear, with all variables, is saved
         assert files_with(made.folder, proof) == []
-        # Whoever gives values by a file has them in it; the node's are in the tests' own.
+        # The file of values is the test's own.
         assert files_with(made.folder, line_of_key) == ["test.auto.tfvars.json"]
         assert files_with(made.folder, passphrase) == []
         with monkeypatch.context() as wrong:
