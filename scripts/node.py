@@ -24,7 +24,7 @@ from scripts.bake.errors import Refused
 from scripts.bake.probe import open_session
 
 PASSWORD_VARIABLE = "MONITORING_PASSWORD"  # noqa: S105 - the variable's name
-KEY_VARIABLE = "MINI_LLM_KEY"
+KEY_VARIABLE = "SERVICE_KEY"
 _TIMEOUT_S = (5.0, 20.0)
 _HANDSHAKE_TIMEOUT_S = 5.0
 

@@ -46,7 +46,7 @@ def test_status_of_a_node(
 ) -> None:
     """Ready, its report, its certificate; a server beside it that is off is a line, and not well."""
 
-    monkeypatch.setenv("MINI_LLM_KEY", served.api_key)
+    monkeypatch.setenv("SERVICE_KEY", served.api_key)
 
     def look(*words: str, password: str = served.password) -> tuple[int, dict[str, Any]]:
         code, told = show(cloud, "status.py", *words, "--json", password=password, folder=tmp_path)
