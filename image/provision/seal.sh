@@ -25,6 +25,13 @@ forget_identity() {
     [ -L /etc/resolv.conf ] || : > /etc/resolv.conf
 }
 
+# Where the image below already served, as it does when a layer is baked on top of a whole image, this server has begun
+# an audit log and counters of its own; every node would go on with them.
+forget_state() {
+    systemctl stop mini-llm.socket mini-llm.service 2>/dev/null || true
+    rm -rf /var/lib/mini-llm/audit /var/lib/mini-llm/counters.sqlite3* /var/lib/mini-llm/revoked
+}
+
 forget_logs() {
     journalctl --quiet --relinquish-var # from here on it writes to memory
     rm -rf /var/log/journal/* /var/log/apt /var/log/unattended-upgrades
@@ -51,6 +58,7 @@ give_blocks_back() {
 forget_downloads
 forget_extra_authority
 forget_identity
+forget_state
 forget_logs
 mark_caches_fresh
 give_blocks_back

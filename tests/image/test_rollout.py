@@ -148,6 +148,8 @@ def test_rollouts_under_load(
         said = verify_audit(made)
         print(said)
         assert said.count("chain of") == 4
+        assert said.count("begins zeros") == 1
+        assert said.count("begins after hash") == 3
         assert "\nwhole" in said
         admitted = int(on_node(made, f"""cat {logs} | grep '"admitted"' | grep -c '"alice"'"""))
         assert admitted == sum(one.kind != "look" for one in load.seen)

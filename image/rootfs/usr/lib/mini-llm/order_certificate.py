@@ -48,10 +48,12 @@ def _read_bounded(path: Path) -> bytes:
 def order_again(traefik: Path, number: int) -> None:
     """Changes what Traefik watches, in a part that nothing uses."""
     text = json.dumps({"http": {"middlewares": {"again": {"addPrefix": {"prefix": f"/{number}"}}}}})
-    path, folder = traefik / "dynamic" / "again.yaml", traefik / "dynamic"
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o640), "w") as file:
+    folder = traefik / "dynamic"
+    unfinished = folder / "again.unfinished"  # of a name that Traefik does not read, until it may
+    with os.fdopen(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o640), "w") as file:
         os.fchown(file.fileno(), -1, folder.stat().st_gid)
         file.write(text)
+    unfinished.replace(folder / "again.yaml")
 
 
 def _note(path: Path) -> None:
