@@ -97,7 +97,7 @@ def find_left(resources: Iterable[Resource], known: set[tuple[str, int]]) -> lis
 def remove(cloud: Cloud, left: Iterable[Resource]) -> Iterator[Resource]:
     """Deletes them; yields each that is gone. Raises BakeError."""
     for each in left:
-        cloud.delete_labelled(_KINDS[each.type], each.id, each.name, time.monotonic() + _DELETED_WITHIN_S)
+        cloud.delete_labelled(_KINDS[each.type], each.id, each.name, time.time() + _DELETED_WITHIN_S)
         yield each
 
 

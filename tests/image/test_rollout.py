@@ -103,6 +103,14 @@ def tokens_counted(made: Deployment, name: str) -> int:
     return int(on_node(made, "\n".join(["python3 - <<'END'", *lines, "END"])))
 
 
+def nodes_measured(made: Deployment) -> set[str]:
+    """Of which nodes the one that serves knows measurements."""
+    query = "http://127.0.0.1:9090/api/v1/query?query=group%20by%20(node)(last_over_time(up%7Bjob%3D%22service%22%7D%5B1h%5D))"
+    lines = ["import json, urllib.request", f"told = json.load(urllib.request.urlopen('{query}'))"]
+    lines.append("print(*(one['metric']['node'] for one in told['data']['result']))")
+    return set(on_node(made, "\n".join(["python3 - <<'END'", *lines, "END"])).split())
+
+
 def verify_audit(made: Deployment) -> str:
     """What the service's own look at the logs of all nodes says."""
     return on_node(
@@ -123,7 +131,7 @@ def test_rollouts_under_load(
     with rolled(cloud, image, program, tmp_path, api_keys=first_keys) as (made, server):
         told, issued = made.outputs(), orders(server)
         load = Load(DOMAIN, KEYS["alice"], tmp_path / "root.pem")
-        took_s, start_s = [], time.monotonic()
+        took_s, start_s, names = [], time.monotonic(), {told["node"]["name"]}
         with load.running(_STREAM_TOKENS, ways(told["ipv4_address"], told["ipv6_address"])):
             time.sleep(5)
             for keys in (other_keys, [*other_keys, unlimited("carla")], first_keys):
@@ -131,6 +139,7 @@ def test_rollouts_under_load(
                 said = made.apply(api_keys=keys)
                 print("\n".join(line for line in said.splitlines() if "serves after" in line or "note:" in line))
                 took_s.append(time.monotonic() - begin_s)
+                names.add(made.outputs()["node"]["name"])
             time.sleep(5)
         print(load.describe())
         for one in load.failed():
@@ -153,6 +162,10 @@ def test_rollouts_under_load(
         assert "\nwhole" in said
         admitted = int(on_node(made, f"""cat {logs} | grep '"admitted"' | grep -c '"alice"'"""))
         assert admitted == sum(one.kind != "look" for one in load.seen)
+        end_s = time.monotonic() + 120  # Prometheus looks for new blocks once a minute
+        while (measured := nodes_measured(made)) != names:
+            assert time.monotonic() < end_s, (measured, names)
+            time.sleep(2)
 
 
 def test_what_goes_wrong_leaves_the_old_node_serving(

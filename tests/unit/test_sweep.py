@@ -66,6 +66,7 @@ def test_it_tells_and_only_then_removes(
 
         def delete_labelled(self, collection: str, number: int, name: str, end_s: float) -> None:
             assert collection == "ssh_keys"
+            assert end_s > 1.7e9  # Unix time, as Cloud counts it
             gone.append(number)
 
     monkeypatch.setattr(sweep, "Cloud", Cloud)
