@@ -65,7 +65,7 @@ class Stage:
 
     bench: Bench
     made: Deployment
-    number: int = 1
+    number: int = 2  # of the parallel requests, as the key has it at first
 
     def next_values(self) -> dict[str, Any]:
         self.number += 1
