@@ -27,7 +27,7 @@ try:
     from scripts.bake.housekeeping import price_of_server
     from scripts.bake.prices import Price, price_of_address, price_of_type, price_per_gb_month
     from scripts.bake.runs import write_json
-    from scripts.deployment import DEFAULT_DEPLOYMENT, Deployment, find_domain, held_by, own_addresses, read_deployment
+    from scripts.deployment import Deployment, add_place, find_domain, held_by, own_addresses, read_deployment
     from scripts.node import NotTold, Way, add_options, query, read_way
 except ModuleNotFoundError as error:
     sys.exit(f"error: Python has no module {error.name}; run `make bake`, which sets up .venv, and use its Python")
@@ -252,8 +252,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
         epilog="example: MONITORING_PASSWORD=… .venv/bin/python scripts/cost.py --monitoring-user operator",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--folder", type=Path, default=ROOT / "terraform", help="where Terraform's files are")
-    parser.add_argument("--deployment", default=DEFAULT_DEPLOYMENT, help="the name that it has in its variables")
+    add_place(parser)
     parser.add_argument("--tokens-per-s", type=_positive, help="speed at full use, instead of the measured one")
     parser.add_argument(
         "--prompt-tokens", type=_positive, default=1.0, help="by generated token, where nothing is measured (1)"
@@ -264,8 +263,6 @@ def _parse(words: list[str]) -> argparse.Namespace:
     add_options(parser)
     parser.add_argument("--json", action="store_true", help="print the result as JSON, for programs")
     options = parser.parse_args(words)
-    if not options.folder.is_dir():
-        parser.error(f"--folder: {options.folder} is no folder")
     if options.authority and not Path(options.authority).is_file():
         parser.error(f"--authority: {options.authority} is no file")
     return options

@@ -1,5 +1,6 @@
 """Owns what belongs to a deployment at the cloud, by the labels that Terraform gives, and where its domain stands."""
 
+import argparse
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from scripts.bake.runs import read_json
 from scripts.bake.snapshots import PRODUCT, Snapshot
 
 DEFAULT_DEPLOYMENT = "mini-llm"
+FOLDER = Path(__file__).resolve().parents[1] / "terraform"
 _DOMAIN = re.compile(r'^\s*domain\s*=\s*"([^"]+)"', re.MULTILINE)
 
 
@@ -28,6 +30,20 @@ class Deployment:
     primary_ips: list[BoundPrimaryIP]
     volumes: list[BoundVolume]
     snapshots: list[Snapshot]
+
+
+def add_place(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--folder`` and ``--deployment``: whose files and state, and which deployment's resources."""
+    place = {"type": _folder, "default": FOLDER, "help": "where Terraform's files and state are"}
+    parser.add_argument("--folder", **place)
+    parser.add_argument("--deployment", default=DEFAULT_DEPLOYMENT, help="the name that it has in its variables")
+
+
+def _folder(text: str) -> Path:
+    path = Path(text)
+    if not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is no folder")
+    return path.resolve()
 
 
 def _is_own(labels: dict[str, str] | None, deployment: str) -> bool:

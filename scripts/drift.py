@@ -22,7 +22,7 @@ try:
     from scripts.bake.prices import read_price
     from scripts.bake.runs import read_json
     from scripts.bake.snapshots import DEFAULT_CHANNEL, Snapshot, holders, is_channel_name
-    from scripts.deployment import DEFAULT_DEPLOYMENT, own_servers
+    from scripts.deployment import add_place, own_servers
 except ModuleNotFoundError as error:
     sys.exit(f"error: Python has no module {error.name}; run `make bake`, which sets up .venv, and use its Python")
 
@@ -170,18 +170,14 @@ def _parse(words: list[str]) -> argparse.Namespace:
         epilog="example: 17 * * * * cd mini-llm && .venv/bin/python scripts/drift.py || mail -s drift me@example.org",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--folder", type=Path, default=ROOT / "terraform", help="where Terraform's files and state are")
-    parser.add_argument("--deployment", default=DEFAULT_DEPLOYMENT, help="the name that it has in its variables")
+    add_place(parser)
     parser.add_argument("--channel", default=DEFAULT_CHANNEL, help=f"whose image should run ({DEFAULT_CHANNEL})")
     parser.add_argument("--price", type=float, help="euros an hour that the facts name, if terraform.tfvars has it")
     parser.add_argument("--program", default="terraform", help="terraform or tofu")
     parser.add_argument("--json", action="store_true", help="print the result as JSON, for programs")
     options = parser.parse_args(words)
-    if not options.folder.is_dir():
-        parser.error(f"--folder: {options.folder} is no folder")
     if not is_channel_name(options.channel):
         parser.error(f"--channel: {options.channel} is no name of a channel")
-    options.folder = options.folder.resolve()
     return options
 
 

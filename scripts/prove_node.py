@@ -22,7 +22,7 @@ try:
     import requests
     from urllib3.exceptions import InsecureRequestWarning
 
-    from scripts.bake.probe import ByAddress
+    from scripts.bake import probe
 except ModuleNotFoundError as error:
     sys.exit(f"error: Python has no module {error.name}; run `make bake`, or name another one: -var python=…")
 
@@ -100,12 +100,7 @@ def _judge_unverified(order: Order) -> None:
 
 def open_session(order: Order) -> requests.Session:
     """A session that connects to the node's address and asks for its name."""
-    session = requests.Session()
-    session.trust_env = False
-    session.mount("https://", ByAddress(order.domain if order.verify else None, order.domain))
-    session.headers["Host"] = order.domain
-    session.verify = order.verify
-    return session
+    return probe.open_session(order.domain, order.verify)
 
 
 def ask_ready(session: requests.Session, order: Order) -> None:
@@ -178,7 +173,7 @@ def judge_rollout(told: dict[str, Any], order: Order) -> None:
             raise NotYet(told.get("reason") or "it looks for the node that serves")
     elif state != "finished":
         left = "" if answers is None else f": {answers} answers, {told.get('connections')} connections"
-        raise NotYet(f"the old node is not done yet{left}")
+        raise NotYet(told.get("reason") or f"the old node is not done yet{left}")
 
 
 def prove_once(session: requests.Session, order: Order) -> str:

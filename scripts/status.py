@@ -28,8 +28,8 @@ try:
     from scripts.bake.prices import Price
     from scripts.bake.snapshots import Snapshot, channels, holders
     from scripts.deployment import (
-        DEFAULT_DEPLOYMENT,
         Deployment,
+        add_place,
         find_domain,
         held_by,
         own_addresses,
@@ -320,13 +320,10 @@ def _parse(words: list[str]) -> argparse.Namespace:
         epilog="example: MONITORING_PASSWORD=… .venv/bin/python scripts/status.py --monitoring-user operator",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--folder", type=Path, default=ROOT / "terraform", help="where Terraform's files are")
-    parser.add_argument("--deployment", default=DEFAULT_DEPLOYMENT, help="the name that it has in its variables")
+    add_place(parser)
     add_options(parser)
     parser.add_argument("--json", action="store_true", help="print the result as JSON, for programs")
     options = parser.parse_args(words)
-    if not options.folder.is_dir():
-        parser.error(f"--folder: {options.folder} is no folder")
     if options.authority and not Path(options.authority).is_file():
         parser.error(f"--authority: {options.authority} is no file")
     return options

@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ sys.path[0] = str(ROOT)
 try:
     from scripts.bake.cloud import Cloud, find_access
     from scripts.bake.errors import BakeError, Refused
+    from scripts.deployment import add_place, held_by
     from scripts.drift import run_terraform
 except ModuleNotFoundError as error:
     sys.exit(f"error: Python has no module {error.name}; run `make bake`, which sets up .venv, and use its Python")
@@ -44,6 +45,19 @@ class Resource:
     name: str
     holds: tuple[str, ...] = ()
     protected: bool = False
+
+
+def require_rest(program: str, folder: Path, terraform: Callable[..., list[str]]) -> None:
+    """Raises Refused while an apply holds the state: what that has made may not stand there yet."""
+    try:
+        terraform(program, folder, "plan", "-json", "-refresh=false", "-input=false", "-lock=true")
+    except Refused as refusal:
+        if "state lock" in str(refusal):
+            raise Refused(
+                "an apply is under way, or one that was killed has left its lock",
+                "let it end; where none runs: terraform force-unlock, which its own message explains",
+            ) from refusal
+        # Whatever else a plan may fail by, nobody else is at work.
 
 
 def read_state(text: str) -> set[tuple[str, int]]:
@@ -72,9 +86,7 @@ def list_resources(cloud: Cloud, deployment: str) -> list[Resource]:
             kind,
             each.id,
             each.name,
-            tuple(one.ip for one in addresses if one.server is not None and one.server.id == each.id)
-            if kind == "hcloud_server"
-            else (),
+            tuple(one.ip for one in held_by(each, addresses)) if kind == "hcloud_server" else (),
             bool((getattr(each, "protection", None) or {}).get("delete")),
         )
         for kind, collection in _KINDS.items()
@@ -105,15 +117,10 @@ def _parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="sweep.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--folder", type=Path, default=ROOT / "terraform", help="where Terraform's files and state are")
-    parser.add_argument("--deployment", default="mini-llm", help="the name that the deployment has in its variables")
+    add_place(parser)
     parser.add_argument("--program", default="terraform", help="terraform or tofu")
     parser.add_argument("--yes", action="store_true", help="remove it, not only tell")
-    options = parser.parse_args(words)
-    if not options.folder.is_dir():
-        parser.error(f"--folder: {options.folder} is no folder")
-    options.folder = options.folder.resolve()
-    return options
+    return parser.parse_args(words)
 
 
 def main(words: list[str]) -> int:
@@ -121,6 +128,7 @@ def main(words: list[str]) -> int:
     options = _parse(words)
     try:
         cloud = Cloud(find_access())
+        require_rest(options.program, options.folder, run_terraform)
         # First the cloud, then the state: what is made in between is in neither's way.
         resources = list_resources(cloud, options.deployment)
         known = read_state("\n".join(run_terraform(options.program, options.folder, "state", "pull")))

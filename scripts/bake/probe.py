@@ -14,11 +14,11 @@ from typing import Any
 
 import bcrypt
 import requests
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519
-from cryptography.x509.oid import NameOID
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ed25519
 from requests.adapters import HTTPAdapter
+
+from scripts.bake.certificates import sign_own
 
 DOMAIN = "probe.mini-llm.internal"  # no name that anybody can own
 MONITORING = f"monitoring.{DOMAIN}"
@@ -67,25 +67,8 @@ def make_facts(folder: Path) -> ProbeFacts:
 
 
 def _make_certificate() -> tuple[str, str]:
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, DOMAIN)])
     now = datetime.now(UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(days=1))  # clocks differ
-        .not_valid_after(now + _VALID)
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName(DOMAIN), x509.DNSName(MONITORING)]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    private = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    return certificate.public_bytes(serialization.Encoding.PEM).decode(), private.decode()
+    return sign_own(DOMAIN, now - timedelta(days=1), now + _VALID, (DOMAIN, MONITORING))  # clocks differ
 
 
 class ByAddress(HTTPAdapter):

@@ -19,6 +19,7 @@ import pytest
 from hcloud.images import BoundImage
 from hcloud.zones import BoundZone
 
+from tests.image.acme import AcmeServer
 from tests.image.harness import DOMAIN, ROOT
 from tests.image.registry import make_certificate
 from tests.image.test_image import reachable_acme_server
@@ -362,19 +363,25 @@ def test_destroy_leaves_the_protected_addresses_alone(launched: Deployment) -> N
     assert client.firewalls.get_all() == []
 
 
+def apply_with_names(made: Deployment, server: AcmeServer) -> str:
+    """The first apply where records are made by hand: the addresses, the names, then the rest; the IPv4 address."""
+    code, said = made.run("apply", "-auto-approve", "-input=false", "-target=hcloud_floating_ip.service")
+    assert code == 0, said
+    addresses = {each.name: each.ip for each in made.cloud.client().floating_ips.get_all()}
+    for name in (DOMAIN, f"monitoring.{DOMAIN}"):
+        server.point(name, addresses["launch-ipv4"])
+    made.apply()
+    return str(addresses["launch-ipv4"])
+
+
 def test_with_an_ordered_certificate(cloud: LocalCloud, image: BoundImage, program: str, tmp_path: Path) -> None:
     """The node proves itself at its own address, gets the addresses, and then has its certificate ordered."""
     with reachable_acme_server(cloud, tmp_path) as (server, acme):
         root = tmp_path / "root.pem"
         server.write_root(root)
         with deployment(tmp_path, cloud, program, root, image_id=image.id, acme=acme) as made:
-            code, said = made.run("apply", "-auto-approve", "-input=false", "-target=hcloud_floating_ip.service")
-            assert code == 0, said
-            addresses = {each.name: each.ip for each in cloud.client().floating_ips.get_all()}
-            for name in (DOMAIN, f"monitoring.{DOMAIN}"):
-                server.point(name, addresses["launch-ipv4"])
-            made.apply()
-            assert made.generate(addresses["launch-ipv4"], KEYS["alice"]) == 200
+            address = apply_with_names(made, server)
+            assert made.generate(address, KEYS["alice"]) == 200
             assert made.changes() == ""
 
 

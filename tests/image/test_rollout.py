@@ -15,12 +15,11 @@ from tests.image.acme import AcmeServer
 from tests.image.harness import DOMAIN
 from tests.image.load import Load, Way
 from tests.image.test_image import reachable_acme_server
-from tests.image.test_launch import KEYS, Deployment, api_key, deployment
+from tests.image.test_launch import KEYS, Deployment, api_key, apply_with_names, deployment
 from tests.image.test_launch import program as program  # a fixture
 from tests.local_cloud.harness import LocalCloud, make_key, ssh
 
 _STREAM_TOKENS = 100
-MONITORING = {"user": "operator", "password_hash": "$apr1$x0$YPjvDL.FC0XgH2bMbL4uC."}
 
 
 def ways(ipv4: str, ipv6: str) -> dict[str, list[tuple[Way, float]]]:
@@ -56,12 +55,7 @@ def rolled(
             ssh_public_keys={"test": key.with_suffix(".pub").read_text()},
             **values,
         ) as made:
-            code, said = made.run("apply", "-auto-approve", "-input=false", "-target=hcloud_floating_ip.service")
-            assert code == 0, said
-            addresses = {each.name: each.ip for each in cloud.client().floating_ips.get_all()}
-            for name in (DOMAIN, f"monitoring.{DOMAIN}"):
-                server.point(name, addresses["launch-ipv4"])
-            made.apply()
+            apply_with_names(made, server)
             yield made, server
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from scripts import sweep
 from scripts.bake.errors import Refused
-from scripts.sweep import Resource, find_left, main, read_state
+from scripts.sweep import Resource, find_left, main, read_state, require_rest
 
 SERVER = Resource("hcloud_server", 1, "mini-llm-a", ("203.0.113.5",))
 OTHER = Resource("hcloud_server", 2, "mini-llm-b")
@@ -46,6 +46,21 @@ def test_what_serves_is_never_left() -> None:
     """A node that an address leads to is another state's, and then all of it may be."""
     with pytest.raises(Refused, match=r"mini-llm-a stands not in this state, but 203\.0\.113\.5 leads to it"):
         find_left([SERVER, OTHER, KEY], {("hcloud_server", 2)})
+
+
+def test_while_an_apply_is_under_way_nothing_is_left(tmp_path: Path) -> None:
+    """What it has made may stand in no state yet; any other reason why a plan fails is none."""
+
+    def fail(reason: str) -> Any:
+        def terraform(*words: object) -> list[str]:
+            assert words[2] == "plan"
+            raise Refused(reason, "x")
+
+        return terraform
+
+    with pytest.raises(Refused, match="an apply is under way"):
+        require_rest("terraform", tmp_path, fail("terraform plan failed: Error: Error acquiring the state lock"))
+    require_rest("terraform", tmp_path, fail("terraform plan failed: Error: Invalid value for variable"))
 
 
 @pytest.mark.parametrize(("words", "removed", "code"), [([], [], 1), (["--yes"], [2], 0)])

@@ -114,6 +114,97 @@ def test_traefik_ends_connections_with_their_next_answers(tmp_path: Path) -> Non
     assert [path.name for path in (tmp_path / "dynamic").iterdir()] == ["node.yaml"]
 
 
+def test_connections_are_kept_again_where_a_rollout_came_to_nothing(tmp_path: Path) -> None:
+    """To the letter as before."""
+    (tmp_path / "dynamic").mkdir()
+    path = tmp_path / "dynamic" / "node.yaml"
+    path.write_text(stack.traefik_files({"domain": "llm.example.org"})["dynamic/node.yaml"])
+    before = json.loads(path.read_text())
+    for end in (True, True, False, False):
+        handover.end_connections(tmp_path, end)
+    assert json.loads(path.read_text()) == before
+
+
+class Old:
+    """An old node whose programs are written down instead of run."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
+        self.did: list[str] = []
+        self.rules = ""
+        for name in ("state", "node", "run", "traefik/dynamic"):
+            (folder / name).mkdir(parents=True)
+        (folder / "addresses").write_text("203.0.113.5\n2001:db8::1\n")
+        text = stack.traefik_files({"domain": "llm.example.org"})["dynamic/node.yaml"]
+        (folder / "traefik/dynamic/node.yaml").write_text(text)
+        names = ("state", "node", "run", "traefik")
+        self.places = handover.Places(addresses=folder / "addresses", **{name: folder / name for name in names})
+        monkeypatch.setattr(handover.Handler, "places", self.places)
+        monkeypatch.setattr(handover.tunnel, "run", self.run)
+        monkeypatch.setattr(handover, "systemctl", lambda *words: self.did.append(" ".join(words)))
+        monkeypatch.setattr(
+            handover.Handler, "_stop", lambda handler, *units: self.did.append(f"stop {' '.join(units)}")
+        )
+
+    def run(self, command: list[str], text: str = "") -> str:
+        self.did.append(" ".join(command) + text)
+        return self.rules
+
+    def post(self, keys: Path, path: str, body: object) -> int:
+        told = json.dumps(body).encode()
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(told)}\r\n\r\n"
+        return int(ask(keys, keys, head.encode() + told).split()[1])
+
+    def ends_connections(self) -> bool:
+        return '"Connection": "close"' in (self.places.traefik / "dynamic/node.yaml").read_text()
+
+
+def test_what_has_moved_is_answered_through_the_tunnel(
+    keys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each address as it moves, once; from then on the node has a successor and orders no certificate."""
+    old = Old(tmp_path / "old", monkeypatch)
+    assert old.post(keys, "/moved", {"node": "next", "addresses": ["2001:db8::1"]}) == 200
+    assert "ip -6 rule add from 2001:db8::1 lookup 107 priority 20000" in old.did
+    assert not any("rule add from 203.0.113.5" in each for each in old.did)
+    assert "stop --no-block mini-llm-certificate.service" in old.did
+    assert (old.places.node / "successor").read_text() == "next\n"
+    assert old.ends_connections()
+    old.did.clear()
+    old.rules = "20000: from 2001:db8::1 lookup 107"
+    assert old.post(keys, "/moved", {"node": "next", "addresses": ["2001:db8::1"]}) == 200
+    assert not any("rule add" in each for each in old.did)
+
+
+def test_new_connections_are_kept_waiting_only_when_it_is_asked_for(
+    keys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For as long as it was asked, at both addresses, and no other ports."""
+    old = Old(tmp_path / "old", monkeypatch)
+    assert old.post(keys, "/hold", {"seconds": 0}) == 200
+    assert (old.did, old.ends_connections()) == ([], True)
+    assert old.post(keys, "/hold", {"seconds": 30}) == 200
+    [told] = old.did
+    assert "elements = { 80 timeout 30s, 443 timeout 30s }" in told
+    assert "ip daddr 203.0.113.5 tcp dport @ports" in told
+    assert "ip6 daddr 2001:db8::1 tcp dport @ports" in told
+
+
+def test_the_end_stops_what_answers_and_nothing_starts_it_again(
+    keys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traefik first; the service with its socket."""
+    old = Old(tmp_path / "old", monkeypatch)
+    assert old.post(keys, "/finish", {}) == 200
+    assert old.did == ["stop mini-llm-stack.service", "stop mini-llm.socket mini-llm.service"]
+
+
+def test_a_command_that_fails_is_told_as_trouble(keys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not as if nothing were there."""
+    old = Old(tmp_path / "old", monkeypatch)
+    monkeypatch.setattr(handover, "systemctl", lambda *words: (_ for _ in ()).throw(OSError("no")))
+    assert old.post(keys, "/moved", {"node": "next", "addresses": []}) == 500
+
+
 def test_a_knock_is_an_acknowledgement_of_nothing() -> None:
     """With a checksum that adds up, or the kernel there would drop it whatever the firewall does."""
     segment = handover.make_knock("192.0.2.1", "198.51.100.2")
@@ -165,5 +256,7 @@ def test_the_key_is_made_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert main([str(path)]) == 0
     assert path.read_text() == first
     assert main([str(tmp_path / "none" / "file")]) == 1
-    assert main(["a", "b"]) == 2
+    with pytest.raises(SystemExit) as ended:
+        main(["a", "b"])
+    assert ended.value.code == 2
     assert "cannot be written" in capsys.readouterr().err

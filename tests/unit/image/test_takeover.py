@@ -5,6 +5,7 @@ import json
 import os
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -193,6 +194,101 @@ def test_a_node_that_dies_is_waited_for_a_while(tmp_path: Path) -> None:
         own.follow(network)
     assert 49 <= network.time_s <= 53
     assert own.board.state.state == "prepared"
+
+
+def test_trouble_in_passing_does_not_end_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the old node, of this one's service, of the kernel: the next look is a second later."""
+    network = Network()
+    own = make(tmp_path, network)
+    errors = [takeover.Trouble("busy"), OSError("a stale socket"), ValueError("not taken"), takeover.Gone("for once")]
+    real = network.tell
+
+    def tell(path: str, *more: Any) -> dict[str, Any]:
+        if errors and network.time_s > 5:
+            raise errors.pop()
+        return dict(real(path, *more))
+
+    monkeypatch.setattr(network, "tell", tell)
+    network.arrived = set(ADDRESSES)
+    network.events = {60.0: lambda: network.open.update(connections=0, answers=0)}
+    own.follow(network)
+    assert errors == []
+    assert own.board.state.state == "moved"
+
+
+def test_counters_and_revoked_keys_come_over_at_each_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the service as soon as it is there, and to the list that outlives it."""
+    network = Network()
+    own = make(tmp_path, network)
+    counters = {"tokens/1/key:alice": [5, 4e9]}
+    told: list[Any] = []
+    answer = {**IDLE, "counters": counters, "revoked": ["a" * 64]}
+    monkeypatch.setattr(network, "tell", lambda path: answer if path == "/sync" else None)
+    monkeypatch.setattr(takeover, "tell_service", lambda control, counters: told.append(counters))
+    own.sync(network)
+    assert told == []
+    (tmp_path / "control").touch()
+    own.sync(network)
+    assert told == [counters]
+    assert (tmp_path / "state" / "revoked").read_text().split() == ["a" * 64]
+    assert own.board.state.connections == 0
+
+
+@pytest.mark.parametrize(("knocked", "flows"), [(["198.51.100.7"], "kept"), (["192.0.2.99"], "cut"), ([], "cut")])
+def test_whether_moved_flows_pass_is_found_out(
+    knocked: list[str], flows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a segment of the old node's; what strangers send proves nothing."""
+    network = Network()
+    own = make(tmp_path, network)
+    asked: list[Any] = []
+
+    def tell(path: str, body: dict[str, Any], timeout_s: float = 0) -> dict[str, Any]:
+        asked.append((path, body))
+        return {"from": "198.51.100.7"}
+
+    def ask(command: list[str], text: str = "") -> str:
+        if command[0] == "nft":
+            return json.dumps({"nftables": [{"set": {"name": "knocked", "elem": knocked}}]})
+        return json.dumps([{"addr_info": [{"family": "inet", "scope": "global", "local": "198.51.100.8"}]}])
+
+    peer = SimpleNamespace(tell=tell, own="10.77.0.3", address="10.77.0.2")
+    opened: list[Any] = []
+    monkeypatch.setattr(takeover.tunnel, "open_new", lambda *words: opened.append(words[0]))
+    own.ask = ask
+    own.prepare(peer)
+    assert asked == [("/tunnel", {}), ("/knock", {"ipv4": "198.51.100.8"})]
+    assert [(ends.own, ends.peer) for ends in opened] == [("10.77.0.3", "10.77.0.2")]
+    assert own.board.state.flows == flows
+
+
+def test_what_the_old_node_leaves_is_insisted_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is deleted once this one is done, and the audit log with it; only a node that is gone is not asked again."""
+    network = Network()
+    own = make(tmp_path, network)
+    came: list[str] = []
+    troubles = [OSError("full"), takeover.Trouble("busy"), OSError("the archive was cut")]
+
+    def take_audit(*words: Any) -> None:
+        if troubles:
+            raise troubles.pop()
+        came.append("audit")
+
+    def take_history(*words: Any) -> int:
+        raise takeover.Gone("it is gone")
+
+    monkeypatch.setattr(takeover, "take_audit", take_audit)
+    monkeypatch.setattr(takeover, "take_history", take_history)
+    monkeypatch.setattr(network, "ask", lambda path, **more: came.append(path))
+    monkeypatch.setattr(
+        network, "tell", lambda path, *more: came.append(path) or {**IDLE, "counters": {}, "revoked": []}
+    )
+    own.finish(network)
+    assert came[:2] == ["/finish", "/sync"]
+    assert came.count("audit") == 1
+    assert network.time_s < 60
+    assert own.board.state.notes == ("its history did not come over from the old node: it is gone",)
+    assert own.board.state.reason is None
 
 
 def test_revoked_keys_are_only_added(tmp_path: Path) -> None:

@@ -153,12 +153,13 @@ def count_open(places: Places, fetch: Callable[..., str] = fetch) -> dict[str, i
     return {"answers": answers, "connections": connections}
 
 
-def end_connections(traefik: Path) -> None:
-    """Has Traefik end each connection with its next answer: ``Connection: close``, in HTTP/2 a GOAWAY."""
+def end_connections(traefik: Path, end: bool = True) -> None:
+    """Has Traefik end each connection with its next answer, or no more: ``Connection: close``, in HTTP/2 a GOAWAY."""
     path = traefik / "dynamic" / "node.yaml"
     document = json.loads(path.read_text())
     headers = document["http"]["middlewares"]["hardened"]["headers"]
-    headers["customResponseHeaders"] = {**headers.get("customResponseHeaders", {}), "Connection": "close"}
+    kept = {name: value for name, value in headers.get("customResponseHeaders", {}).items() if name != "Connection"}
+    headers["customResponseHeaders"] = {**kept, **({"Connection": "close"} if end else {})}
     status = path.stat()
     unfinished = path.with_name("node.unfinished")  # of a name that Traefik does not read
     unfinished.write_text(json.dumps(document, indent=1))
@@ -371,5 +372,9 @@ def serve(connection: socket.socket, folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] == ["keep-connections"]:
+        if not (Handler.places.node / "successor").exists():
+            end_connections(Handler.places.traefik, end=False)
+        sys.exit(0)
     with socket.socket(fileno=os.dup(sys.stdin.fileno())) as own:
         serve(own, Path(sys.argv[1]))

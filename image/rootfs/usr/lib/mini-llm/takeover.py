@@ -40,6 +40,7 @@ _NETWORK_WITHIN_S, _CONNECT_TIMEOUT_S, _ASK_TIMEOUT_S = 60.0, 1.5, 10.0
 _LARGEST_NETWORK = 1024  # addresses that are tried one by one
 _FINISH_TIMEOUT_S = 800.0  # Traefik and service, each with the time that its answers have
 _BEFORE_WITHIN_S = 840.0
+_INSIST_S, _INSIST_EVERY_S = 1800.0, 5.0
 _LOOKS, _LOOK_AGAIN_S = 3, 2.0
 _LARGEST_ARCHIVE_BYTES = 4 << 30
 _NODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,62}")
@@ -551,16 +552,28 @@ class Takeover:
             "its history": lambda: take_history(peer.ask("/history", timeout_s=120.0), self.places.prometheus, aside),
         }
         for what, step in steps.items():
-            for last in (False, True):
-                try:
-                    step()
-                    break
-                except (Refused, Gone, OSError, ValueError, tarfile.TarError, http.client.HTTPException) as error:
-                    print(f"takeover: {what} did not come over: {error}")
-                    if last:
-                        self.board.note(f"{what} did not come over from the old node: {error}")
-                finally:
-                    peer.close()  # an archive ends with its connection
+            self._insist(peer, what, step)
+        self.board.tell(reason=None)
+
+    def _insist(self, peer: Peer, what: str, step: Callable[[], Any]) -> None:
+        """Tries a step again as long as the old node is there: it is deleted once this one says that it is done."""
+        end_s = self.now_s() + _INSIST_S
+        while True:
+            try:
+                step()
+                return
+            except (Refused, OSError, ValueError, tarfile.TarError, http.client.HTTPException) as error:
+                reason = f"{what} did not come over from the old node: {error}"
+                print(f"takeover: {reason}")
+            except Gone as gone:
+                reason, end_s = f"{what} did not come over from the old node: {gone}", min(end_s, self.now_s() + 1)
+            finally:
+                peer.close()  # an archive ends with its connection
+            if self.now_s() > end_s:
+                self.board.note(reason)
+                return
+            self.board.tell(reason=reason)
+            self.sleep(_INSIST_EVERY_S)
 
     def wait_for_addresses(self) -> None:
         """Without a predecessor: until somebody has asked at the address."""

@@ -175,7 +175,7 @@ def _permit(peer: str, ask: Run) -> None:
 
 def open_old(ends: Ends, memory: Path, ask: Run = run) -> None:
     """Opens the old node's end; raises OSError, SubprocessError."""
-    close(memory, ask)
+    _clear(ask)
     _set(_BOTH, memory)
     _permit(ends.peer, ask)
     for words in old_commands(ends):
@@ -185,7 +185,7 @@ def open_old(ends: Ends, memory: Path, ask: Run = run) -> None:
 
 def open_new(ends: Ends, link: str, addresses: Iterable[str], memory: Path, ask: Run = run) -> None:
     """Opens the new node's end, and hands on from then on; raises OSError, SubprocessError."""
-    close(memory, ask)
+    _clear(ask)
     _set(_BOTH | _NEW_ONLY, memory)
     _permit(ends.peer, ask)
     for words in new_commands(ends, link):
@@ -202,6 +202,14 @@ def watch(link: str, addresses: Iterable[str], ask: Run = run) -> None:
 
 def close(memory: Path, ask: Run = run) -> None:
     """Takes away all that either end has made; what is not there is no error."""
+    _clear(ask)
+    if memory.exists():
+        _set(dict(line.split(" ", 1) for line in memory.read_text().splitlines()))
+        memory.unlink()
+
+
+def _clear(ask: Run) -> None:
+    """All but the settings: an end that is opened again must not take unknown flows for new ones in between."""
     for family in ("-4", "-6"):
         try:
             commands = closing_commands(ask(["ip", family, "rule"], ""), family)
@@ -212,9 +220,6 @@ def close(memory: Path, ask: Run = run) -> None:
     _try(ask, ["ip", "link", "delete", INTERFACE])
     _try(ask, ["nft", "-f", "-"], "table inet rollout\ndelete table inet rollout\n")
     _try(ask, ["nft", "-f", "-"], "flush set inet node peers\n")
-    if memory.exists():
-        _set(dict(line.split(" ", 1) for line in memory.read_text().splitlines()))
-        memory.unlink()
 
 
 def _try(ask: Run, command: list[str], text: str = "") -> None:
