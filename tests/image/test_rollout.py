@@ -20,6 +20,8 @@ from tests.image.test_launch import program as program  # a fixture
 from tests.local_cloud.harness import LocalCloud, make_key, ssh
 
 _STREAM_TOKENS = 100
+_SETTINGS = "cd /proc/sys/net; grep -s . ipv4/ip_forward ipv[46]/conf/all/* netfilter/nf_conntrack_tcp_loose || true"
+_AS_SERVICE = "cd /opt/mini-llm && env $(cat /etc/mini-llm/service.env) venv/bin/python -m service"
 
 
 def ways(ipv4: str, ipv6: str) -> dict[str, list[tuple[Way, float]]]:
@@ -125,6 +127,7 @@ def test_rollouts_under_load(
     with rolled(cloud, image, program, tmp_path, api_keys=first_keys) as (made, server):
         told, issued = made.outputs(), orders(server)
         load = Load(DOMAIN, KEYS["alice"], tmp_path / "root.pem")
+        settings = on_node(made, _SETTINGS)
         took_s, start_s, names = [], time.monotonic(), {told["node"]["name"]}
         with load.running(_STREAM_TOKENS, ways(told["ipv4_address"], told["ipv6_address"])):
             time.sleep(5)
@@ -134,6 +137,10 @@ def test_rollouts_under_load(
                 print("\n".join(line for line in said.splitlines() if "serves after" in line or "note:" in line))
                 took_s.append(time.monotonic() - begin_s)
                 names.add(made.outputs()["node"]["name"])
+                if len(names) == 2:
+                    on_node(made, f"{_AS_SERVICE} keys revoke berta")
+                if len(names) in (2, 3):  # the facts still name it, on this node and on the next
+                    assert made.generate(told["ipv4_address"], KEYS["berta"]) == 401
             time.sleep(5)
         print(load.describe())
         for one in load.failed():
@@ -147,6 +154,10 @@ def test_rollouts_under_load(
         connects = [one.connect_s for one in load.seen if one.connect_s is not None]
         assert max(connects) <= 2.0
         assert orders(server) == issued
+        # Nothing of the rollout is left on the node.
+        assert on_node(made, "ip -o -4 rule").split("\n")[0].split() == ["0:", "from", "all", "lookup", "local"]
+        assert "rollout" not in on_node(made, "ip -o link; nft list tables; iptables -S; ip6tables -S")
+        assert on_node(made, _SETTINGS) == settings
         assert tokens_counted(made, "alice") == sum(one.tokens for one in load.seen)
         said = verify_audit(made)
         print(said)
