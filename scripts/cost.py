@@ -262,10 +262,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
     )
     add_options(parser)
     parser.add_argument("--json", action="store_true", help="print the result as JSON, for programs")
-    options = parser.parse_args(words)
-    if options.authority and not Path(options.authority).is_file():
-        parser.error(f"--authority: {options.authority} is no file")
-    return options
+    return parser.parse_args(words)
 
 
 def look(options: argparse.Namespace, cloud: Cloud, asking: Callable[..., Use] = measure) -> Cost:

@@ -12,6 +12,7 @@ import ssl
 import sys
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import requests
@@ -157,7 +158,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of every command that asks nodes; a password is none of them, for everybody sees arguments."""
     parser.add_argument("--domain", default="", help="the service's name; Terraform's variable files have it")
     parser.add_argument(
-        "--authority", default="", metavar="FILE", help="PEM of who signed the certificate, if the system does not know"
+        "--authority",
+        type=_file,
+        default="",
+        metavar="FILE",
+        help="PEM of who signed the certificate, if the system does not know",
     )
     parser.add_argument(
         "--monitoring-user",
@@ -165,6 +170,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"ask the node's monitoring as this user; the password comes from {PASSWORD_VARIABLE}, or is asked for",
     )
+
+
+def _file(text: str) -> str:
+    if text and not Path(text).is_file():  # argparse looks at the default, too
+        raise argparse.ArgumentTypeError(f"{text} is no file")
+    return text
 
 
 def read_way(options: argparse.Namespace, domain: str | None) -> Way | None:
