@@ -143,6 +143,7 @@ def deployment(folder: Path, cloud: LocalCloud, program: str, authority: Path, *
     """This project's Terraform files in a place of their own; what they made is gone afterwards."""
     work = folder / "terraform"
     work.mkdir()
+    # Not the lock file: a provider that a mirror serves may have another checksum than the release's.
     for path in (ROOT / "terraform").glob("*.tf"):
         shutil.copy(path, work)
     for name in ("cloud-init", "scripts"):
