@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
 # What needs root is typed with sudo; the environment stays with whom the checkout belongs to.
 SET_UP = $(if $(SUDO_USER),sudo -u $(SUDO_USER)) $(PYTHON) scripts/setup_venv.py
-TESTS ?= tests/unit tests/service tests/local_cloud tests/image tests/bake
+TESTS ?= tests/unit tests/service tests/local_cloud tests/image tests/bake tests/nix
 TEST_REQUIREMENTS := service/requirements.txt service/starter/requirements.txt scripts/requirements.txt \
   tests/requirements.txt
 
