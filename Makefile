@@ -5,6 +5,8 @@ VENV_PYTHON := .venv/bin/python
 # What needs root is typed with sudo; the environment stays with whom the checkout belongs to.
 SET_UP = $(if $(SUDO_USER),sudo -u $(SUDO_USER)) $(PYTHON) scripts/setup_venv.py
 TESTS ?= tests/unit tests/service tests/local_cloud tests/image tests/bake tests/nix
+# Programs that scripts/setup_host.py unpacked; what is installed comes first.
+export PATH := $(PATH):$(CURDIR)/.cache/debian/usr/bin
 TEST_REQUIREMENTS := service/requirements.txt service/starter/requirements.txt scripts/requirements.txt \
   tests/requirements.txt
 
@@ -22,17 +24,18 @@ ifeq ($(LLM_MODEL),)
 unexport LLM_MODEL
 endif
 
-.PHONY: help serve bake handover-key cloud cloud-clean test unit test-faults test-launch-faults bench bench-cloud bench-image bench-bake train lint lock clean
+.PHONY: help serve demo bake handover-key cloud cloud-clean test unit test-faults test-launch-faults bench bench-cloud bench-image bench-bake bench-rollout train lint lock clean
 
 help:
 	@echo "make serve   serve a model on 127.0.0.1:8080 (HOST= PORT= MODEL= change that)"
+	@echo "make demo    all of it on this machine, for nothing: cloud, bake, launch, rollout (root; KEEP=1 keeps it up, YES=1 asks nothing)"
 	@echo "make bake    bake the image, prove it, make it what Terraform launches (BAKE= adds options)"
 	@echo "make handover-key  make, once, what a deployment's nodes know each other by"
 	@echo "make cloud   a Hetzner Cloud on this machine, for nothing (root; CLOUD= adds options);  make cloud-clean  remove it"
 	@echo "make test    run every test;  make unit  only the fast ones"
 	@echo "make test-faults  the whole fault plan of a bake, an hour or two (root; FAULTS= adds options)"
 	@echo "make test-launch-faults  the whole fault plan of an apply, about an hour (root, Terraform; FAULTS= adds options)"
-	@echo "make bench   measure, as ratios in one run;  make bench-cloud, bench-image, bench-bake  of cloud, node, bake (root)"
+	@echo "make bench   measure, as ratios in one run;  make bench-cloud, bench-image, bench-bake, bench-rollout  of cloud, node, bake, rollout (root)"
 	@echo "make train   train the starter model again (up to an hour)"
 	@echo "make lint    check style;  make lock  pin requirements again;  make clean  remove .venv and caches"
 
@@ -48,6 +51,11 @@ handover-key:
 	@$(SET_UP) scripts/requirements.txt
 	@exec $(VENV_PYTHON) scripts/handover_key.py
 
+demo:
+	@$(PYTHON) scripts/setup_host.py demo
+	@$(SET_UP) $(TEST_REQUIREMENTS)
+	@exec $(VENV_PYTHON) -m tests.demo
+
 cloud:
 	@$(SET_UP) scripts/requirements.txt
 	@exec $(VENV_PYTHON) -m scripts.local_cloud run $(CLOUD)
@@ -57,11 +65,13 @@ cloud-clean:
 	@exec $(VENV_PYTHON) -m scripts.local_cloud clean $(CLOUD)
 
 test:
+	@$(PYTHON) scripts/setup_host.py test
 	@$(SET_UP) $(TEST_REQUIREMENTS)
 	@$(VENV_PYTHON) -m ruff check --quiet . && $(VENV_PYTHON) -m pytest $(TESTS)
 
-unit: TESTS := tests/unit
-unit: test
+unit:
+	@$(SET_UP) $(TEST_REQUIREMENTS)
+	@$(VENV_PYTHON) -m ruff check --quiet . && $(VENV_PYTHON) -m pytest tests/unit
 
 test-faults:
 	@$(SET_UP) $(TEST_REQUIREMENTS)
@@ -86,6 +96,10 @@ bench-image:
 bench-bake:
 	@$(SET_UP) $(TEST_REQUIREMENTS)
 	@$(VENV_PYTHON) -m tests.bench.bake
+
+bench-rollout:
+	@$(SET_UP) $(TEST_REQUIREMENTS)
+	@$(VENV_PYTHON) -m tests.bench.rollout
 
 train:
 	@$(SET_UP) $(TEST_REQUIREMENTS)

@@ -1,6 +1,7 @@
 """Integration tests of the image: one bake for all of them."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,18 +10,11 @@ from hcloud.images import BoundImage
 from hcloud.ssh_keys import BoundSSHKey
 
 from scripts.local_cloud.machines.host import HostUnfit, require_tools
+from scripts.setup_host import IMAGE
 from tests.image.harness import Node, bake, node
 from tests.local_cloud.conftest import host, key  # noqa: F401 - fixtures
 from tests.local_cloud.harness import LocalCloud, cut_off, running_cloud
 from tests.programs import ProgramMissing
-
-TOOLS = {  # program -> Debian package that brings it
-    "curl": "curl",
-    "docker-registry": "docker-registry",
-    "openssl": "openssl",
-    "pebble": "pebble",
-    "pebble-challtestsrv": "pebble",
-}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -34,7 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def tools() -> None:
     """What stands in for the world outside; where it is missing, each test says so and what to install."""
     try:
-        require_tools(TOOLS)
+        require_tools(IMAGE)
     except HostUnfit as error:
         if os.environ.get("CI"):
             raise  # there it must run
@@ -74,3 +68,12 @@ def served(cloud: LocalCloud, image: BoundImage, known: BoundSSHKey, key: Path) 
     with node(cloud.client(), image, known, key) as made:
         made.wait_ready()
         yield made
+
+
+@pytest.fixture(scope="module")
+def program() -> str:
+    """Terraform or OpenTofu, or a word that the tests did not run."""
+    found = shutil.which("terraform") or shutil.which("tofu")
+    if found is None:
+        pytest.skip("did not run: neither terraform nor tofu is installed")
+    return found

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from scripts.local_cloud.machine_interface import MachineFailed
 
-_TOOLS = {  # program -> Debian package that brings it
+TOOLS = {  # program -> Debian package that brings it
     "systemd-nspawn": "systemd-container",
     "ip": "iproute2",
     "nft": "nftables",
@@ -20,8 +20,8 @@ _TOOLS = {  # program -> Debian package that brings it
     "sysctl": "procps",
     "tar": "tar",
 }
-_POOL_TOOLS = {"btrfs": "btrfs-progs", "mkfs.btrfs": "btrfs-progs"}
-_IMAGE_TOOLS = {"mmdebstrap": "mmdebstrap", "arch-test": "arch-test"}
+POOL_TOOLS = {"btrfs": "btrfs-progs", "mkfs.btrfs": "btrfs-progs"}
+IMAGE_TOOLS = {"mmdebstrap": "mmdebstrap", "arch-test": "arch-test"}
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 _ADMIN_DIRECTORIES = ("/usr/local/sbin", "/usr/sbin", "/sbin")  # not on the PATH of everyone who may become root
 
@@ -41,19 +41,19 @@ def check_host() -> None:
         raise HostUnfit("servers are Linux containers: this needs a Linux machine")
     if os.geteuid() != 0:
         raise HostUnfit("servers are system containers, which only root can start: try again with sudo")
-    require_tools(_TOOLS)
+    require_tools(TOOLS)
 
 
 def check_image_tools() -> None:
     """Raises HostUnfit unless the base image can be built here."""
-    require_tools(_IMAGE_TOOLS)
+    require_tools(IMAGE_TOOLS)
     if not KEYRING.exists():
         raise HostUnfit(f"{KEYRING} is missing; install it: {install_line(['debian-archive-keyring'])}")
 
 
 def check_pool_tools() -> None:
     """Raises HostUnfit unless copy-on-write storage can be had here."""
-    require_tools(_POOL_TOOLS)
+    require_tools(POOL_TOOLS)
 
 
 def require_tools(tools: dict[str, str], find: Callable[[str], str | None] = find_tool) -> None:

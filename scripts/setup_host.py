@@ -1,0 +1,131 @@
+"""Owns what of Debian's packages this checkout wants on its host: says what is missing, and gets it when it may.
+
+Used by the Makefile as ``python3 scripts/setup_host.py test``; needs nothing but Python itself. It installs as root
+only, and only after a yes, ``YES=1`` or in CI. Services (a registry, a certificate authority, Prometheus) are not
+installed but unpacked below ``.cache``: installed, they would start with the host.
+"""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)
+
+from scripts.local_cloud.machines import host  # noqa: E402 - the path comes first
+
+UNPACKED = ROOT / ".cache" / "debian"
+# program -> Debian package that brings it
+CLOUD = {**host.TOOLS, **host.POOL_TOOLS, **host.IMAGE_TOOLS}
+IMAGE = {
+    "curl": "curl",
+    "docker-registry": "docker-registry",
+    "git": "git",
+    "openssl": "openssl",
+    "pebble": "pebble",
+    "pebble-challtestsrv": "pebble",
+    "ssh": "openssh-client",
+}
+_BUILD = {"go": "golang-go"}  # of the programs that tests/programs pins
+_JUDGES = {
+    "chromium": "chromium",
+    "chromedriver": "chromium-driver",
+    "hcloud": "hcloud-cli",
+    "promtool": "prometheus",
+    "shellcheck": "shellcheck",
+}
+_NEEDS = {"demo": {**CLOUD, **IMAGE, **_BUILD}, "test": {**CLOUD, **IMAGE, **_BUILD, **_JUDGES}}
+_TO_UNPACK = ("docker-registry", "hcloud-cli", "pebble", "prometheus", "shellcheck")
+_OLDEST_GO = (1, 21)  # the first that fetches the version that a module asks for
+
+
+def find(program: str) -> bool:
+    """Whether a program is there, installed or unpacked."""
+    return host.find_tool(program) is not None or (UNPACKED / "usr" / "bin" / program).exists()
+
+
+def find_missing(needs: dict[str, str]) -> list[str]:
+    """Packages of the programs that are not there, sorted, and what brings no program."""
+    missing = {package for program, package in needs.items() if not find(program)}
+    if not host.KEYRING.exists():
+        missing.add("debian-archive-keyring")
+    if importlib.util.find_spec("ensurepip") is None:
+        missing.add("python3-venv")
+    return sorted(missing)
+
+
+def is_yes() -> bool:
+    """Whether it may install: it was told, or somebody at a terminal says so now."""
+    if os.environ.get("YES") == "1" or os.environ.get("CI"):
+        return True
+    if not sys.stdin.isatty():
+        return False
+    try:
+        return input("Install and unpack them now? [Y/n] ").strip().lower() in ("", "y", "yes")
+    except (EOFError, KeyboardInterrupt):
+        sys.exit("\nnothing was installed")
+
+
+def run(*words: str, cwd: Path = ROOT) -> bool:
+    """Whether a command worked; what it says of errors is shown."""
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    return subprocess.call(words, cwd=cwd, env=environment, stdout=subprocess.DEVNULL) == 0
+
+
+def unpack(package: str) -> bool:
+    """Whether a package now lies below ``.cache``, without being installed."""
+    folder = UNPACKED / package
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    worked = run("apt-get", "-qq", "-o", "APT::Sandbox::User=root", "download", package, cwd=folder)
+    for file in folder.glob("*.deb"):
+        worked = run("dpkg-deb", "-x", str(file), str(UNPACKED)) and worked
+    shutil.rmtree(folder)
+    return worked
+
+
+def go_is_too_old() -> bool:
+    """Whether Debian's Go, which would be installed, cannot fetch the one that the modules ask for."""
+    told = subprocess.run(["apt-cache", "policy", "golang-go"], capture_output=True, text=True).stdout
+    candidate = next((line.split()[-1] for line in told.splitlines() if "Candidate:" in line), "")
+    numbers = candidate.rpartition(":")[2].partition("~")[0].partition("-")[0].split(".")[:2]
+    return not all(each.isdigit() for each in numbers) or tuple(int(each) for each in numbers) < _OLDEST_GO
+
+
+def main(goals: list[str]) -> int:
+    """0 if all is there, or could be had; 1 if a ``demo`` cannot run without what is missing."""
+    if len(goals) != 1 or goals[0] not in _NEEDS:
+        sys.exit(f"error: say what for: {' or '.join(_NEEDS)}")
+    [goal] = goals
+    missing = find_missing(_NEEDS[goal])
+    if not missing:
+        return 0
+    # Tests that lack something say by name that they did not run; a demo has nothing to show.
+    code = 1 if goal == "demo" else 0
+    print(f"Not here, and wanted by `make {goal}`, from Debian's packages: {', '.join(missing)}", file=sys.stderr)
+    if shutil.which("apt-get") is None or os.geteuid() != 0:
+        where = "on Debian or Ubuntu" if shutil.which("apt-get") is None else "as root"
+        print(f"They can be had {where}: sudo make {goal}", file=sys.stderr)
+        return code
+    if not is_yes():
+        print(f"Without them, then; `make {goal} YES=1` gets them", file=sys.stderr)
+        return code
+    if not run("apt-get", "-qq", "update"):
+        print("error: Debian's package lists cannot be had; check the network", file=sys.stderr)
+    if "golang-go" in missing and go_is_too_old():
+        missing.remove("golang-go")
+        print("This system's Go is too old; install Go 1.26 from go.dev by hand", file=sys.stderr)
+    failed = [each for each in missing if each in _TO_UNPACK and not unpack(each)]
+    # One by one: one that this system does not have keeps no other away.
+    apt_get = ["apt-get", "-qq", "install", "-y", "--no-install-recommends"]
+    failed += [each for each in missing if each not in _TO_UNPACK and not run(*apt_get, each)]
+    if failed:
+        print(f"Could not be had: {', '.join(failed)}", file=sys.stderr)
+    return code if find_missing(_NEEDS[goal]) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,90 @@
+"""What of Debian's packages is wanted is told by name, and nothing is installed without a yes."""
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scripts import setup_host
+
+
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """Nobody has said yes, nobody is at a terminal; the commands that would have run."""
+    ran: list[tuple[str, ...]] = []
+    monkeypatch.delenv("YES", raising=False)
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    monkeypatch.setattr(setup_host.os, "geteuid", lambda: 0)
+    monkeypatch.setattr(setup_host.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(setup_host, "go_is_too_old", lambda: False)
+    monkeypatch.setattr(setup_host, "run", lambda *words, **_: ran.append(words) is None)
+    monkeypatch.setattr(setup_host, "unpack", lambda package: ran.append(("unpack", package)) is None)
+    monkeypatch.setattr(setup_host, "find_missing", lambda needs: ["git", "pebble"])
+    return ran
+
+
+@pytest.mark.parametrize(("goal", "code"), [("test", 0), ("demo", 1)])
+def test_nothing_is_installed_without_a_yes(
+    quiet: list[tuple[str, ...]], capsys: pytest.CaptureFixture[str], goal: str, code: int
+) -> None:
+    """It says what is missing and how to get it; tests can go on without, a demo cannot."""
+    assert setup_host.main([goal]) == code
+    assert quiet == []
+    said = capsys.readouterr().err
+    assert "git, pebble" in said
+    assert f"make {goal} YES=1" in said
+
+
+def test_who_is_not_root_is_told_to_be(
+    quiet: list[tuple[str, ...]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even with a yes."""
+    monkeypatch.setenv("YES", "1")
+    monkeypatch.setattr(setup_host.os, "geteuid", lambda: 1000)
+    assert setup_host.main(["demo"]) == 1
+    assert quiet == []
+    assert "as root: sudo make demo" in capsys.readouterr().err
+
+
+def test_a_yes_installs_programs_and_unpacks_services(
+    quiet: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A service that were installed would start with the host."""
+    monkeypatch.setenv("YES", "1")
+    assert setup_host.main(["test"]) == 0
+    assert [words[-1] for words in quiet] == ["update", "pebble", "git"]
+    assert quiet[1] == ("unpack", "pebble")
+    assert quiet[2][:2] == ("apt-get", "-qq")
+
+
+def test_programs_are_looked_for_where_they_are_unpacked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As well as on the PATH."""
+    monkeypatch.setattr(setup_host.host, "find_tool", lambda name: None)
+    monkeypatch.setattr(setup_host.host, "KEYRING", tmp_path)
+    monkeypatch.setattr(setup_host, "UNPACKED", tmp_path)
+    needs = {"pebble": "pebble", "hcloud": "hcloud-cli"}
+    assert setup_host.find_missing(needs) == ["hcloud-cli", "pebble"]
+    (tmp_path / "usr" / "bin").mkdir(parents=True)
+    (tmp_path / "usr" / "bin" / "pebble").write_text("")
+    assert setup_host.find_missing(needs) == ["hcloud-cli"]
+
+
+@pytest.mark.parametrize(
+    ("candidate", "old"),
+    [("2:1.19~1", True), ("2:1.24~2", False), ("2:1.21~1build1", False), ("(none)", True), ("", True)],
+)
+def test_an_old_go_is_not_installed(monkeypatch: pytest.MonkeyPatch, candidate: str, old: bool) -> None:
+    """Debian 12's cannot fetch a newer one."""
+    said = f"golang-go:\n  Installed: (none)\n  Candidate: {candidate}\n" if candidate else ""
+    done = subprocess.CompletedProcess([], 0, said, "")
+    monkeypatch.setattr(setup_host.subprocess, "run", lambda *words, **_: done)
+    assert setup_host.go_is_too_old() is old
+
+
+def test_what_is_unpacked_is_wanted() -> None:
+    """A name that nobody needs would be a slip."""
+    packages = {package for needs in setup_host._NEEDS.values() for package in needs.values()}
+    assert set(setup_host._TO_UNPACK) <= packages
