@@ -22,8 +22,8 @@ from typing import Any
 
 from tests.bake.harness import Bench, running_bench
 from tests.image.harness import DOMAIN
+from tests.image.launch import KEYS, Deployment, api_key, deployment
 from tests.image.registry import make_certificate
-from tests.image.test_launch import KEYS, Deployment, api_key, deployment
 
 _ADDRESSES = "198.19.54.0/24"
 _MOMENTS = 10

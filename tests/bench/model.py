@@ -36,6 +36,8 @@ class Shape:
 # quantised for download.
 HALF_BILLION = Shape("half billion", 896, 24, 14, 2, 4864, 151_936, Q4_0)
 BILLION = Shape("billion", 2048, 16, 32, 8, 8192, 128_256, Q6_K)
+# No model's shape: as slow as a small one on a large machine would be, where two nodes share two cores.
+TALKATIVE = Shape("talkative", 512, 8, 8, 2, 2048, 32_000, Q4_0)
 
 
 def half_billion(folder: Path) -> Path:
@@ -46,6 +48,11 @@ def half_billion(folder: Path) -> Path:
 def billion(folder: Path) -> Path:
     """Path of the 1B model (770 MB), written if it is not there."""
     return _made(BILLION, folder)
+
+
+def talkative(folder: Path) -> Path:
+    """Path of a model of 50 million that seldom ends an answer before it must (30 MB), written if it is not there."""
+    return _made(TALKATIVE, folder)
 
 
 def _made(shape: Shape, folder: Path) -> Path:

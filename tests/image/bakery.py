@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,8 +86,11 @@ def git(folder: Path, *words: str) -> None:
 
 
 @contextmanager
-def running_bakery(folder: Path, addresses: str) -> Iterator[Bakery]:
-    """A cloud with nothing in it, and this tree as one commit. Raises ProgramMissing."""
+def running_bakery(folder: Path, addresses: str, *, stand_ins: bool = True) -> Iterator[Bakery]:
+    """A cloud with nothing in it, and this tree as one commit. Raises ProgramMissing.
+
+    ``stand_ins`` are a registry of our own in the place of those that cannot be reached.
+    """
     tree, state = folder / "tree", folder / "state"
     for name in ("image", "service", "cloud-init"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "text"))
@@ -97,10 +100,11 @@ def running_bakery(folder: Path, addresses: str) -> Iterator[Bakery]:
     (folder / "packer").mkdir()
     own = packer_environment(folder / "packer")
     arguments = ("--old-clients", "--requests-per-hour", "100000")
-    with (
-        running_cloud(folder, *arguments, addresses=addresses) as cloud,
-        stand_in_registry(cloud, folder / "packer") as (pins_file, authorities),
-    ):
+    with ExitStack() as ends:
+        cloud = ends.enter_context(running_cloud(folder, *arguments, addresses=addresses))
+        more = []
+        if stand_ins:
+            pins_file, authorities = ends.enter_context(stand_in_registry(cloud, folder / "packer"))
+            more = ["--pins-file", str(pins_file), "--extra-ca-file", str(authorities)]
         told = {"HCLOUD_TOKEN": LONG_TOKEN, "MINI_LLM_STATE_DIR": str(state)}
-        more = ["--pins-file", str(pins_file), "--extra-ca-file", str(authorities)]
         yield Bakery(cloud, tree, state, {**cloud.environment, **own, **told}, more)

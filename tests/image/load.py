@@ -142,6 +142,11 @@ class Load:
     def failed(self) -> list[Asked]:
         return [one for one in self.seen if one.end != "ok"]
 
+    def print_failed(self, start_s: float) -> None:
+        """Each that failed, with when it began, in seconds after ``start_s``, and how long it took."""
+        for one in self.failed():
+            print(f"{one.began_s - start_s:.2f} + {one.took_s:.2f} s: {one.kind} {one.way} {one.end}")
+
     def describe(self) -> str:
         """What is to be seen of it in one line a kind."""
         lines = []

@@ -24,8 +24,8 @@ import pytest
 from hcloud.images import BoundImage
 
 from tests.image.harness import DOMAIN, ROOT
+from tests.image.launch import KEYS, deployment
 from tests.image.registry import make_certificate
-from tests.image.test_launch import KEYS, deployment, program  # noqa: F401 - a fixture
 from tests.local_cloud.harness import LocalCloud
 from tests.programs import OPENTOFU, ProgramMissing, obtain
 
@@ -81,7 +81,7 @@ def mirror_for_opentofu(folder: Path) -> Path | None:
     return configuration
 
 
-def run(program: Path | str, folder: Path, *words: str) -> tuple[int, str]:  # noqa: F811
+def run(program: Path | str, folder: Path, *words: str) -> tuple[int, str]:
     """Exit code of a command in a folder, and all that it said."""
     done = subprocess.run(
         [program, *words, "-no-color"],

@@ -8,18 +8,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hcloud.images import BoundImage
 
 from scripts.handover_key import make_pair
+from tests.bench.model import talkative
 from tests.image.acme import AcmeServer
-from tests.image.harness import DOMAIN
+from tests.image.harness import DOMAIN, ROOT, bake
+from tests.image.launch import KEYS, Deployment, api_key, apply_with_names, deployment
+from tests.image.launch_by_api import ApiDeployment, api_deployment
 from tests.image.load import Load, Way
 from tests.image.test_image import reachable_acme_server
-from tests.image.test_launch import KEYS, Deployment, api_key, apply_with_names, deployment
-from tests.image.test_launch import program as program  # a fixture
-from tests.local_cloud.harness import LocalCloud, make_key, ssh
+from tests.local_cloud.harness import LocalCloud, cut_off, make_key, ssh
 
-_STREAM_TOKENS = 100
+_STREAM_TOKENS = 40
 _SETTINGS = "cd /proc/sys/net; grep -s . ipv4/ip_forward ipv[46]/conf/all/* netfilter/nf_conntrack_tcp_loose || true"
 _AS_SERVICE = "cd /opt/mini-llm && env $(cat /etc/mini-llm/service.env) venv/bin/python -m service"
 
@@ -34,6 +36,20 @@ def ways(ipv4: str, ipv6: str) -> dict[str, list[tuple[Way, float]]]:
         "short": [(new, 5.0)],
         "look": [(kept, 0.4), (kept, 0.4), (new, 0.4), (http2, 1.0), (kept_6, 1.0), (new_6, 1.0), (new_http2_6, 1.0)],
     }
+
+
+@pytest.fixture(scope="module")
+def talkative_image(
+    cloud: LocalCloud, image: BoundImage, program: str, tmp_path_factory: pytest.TempPathFactory
+) -> BoundImage:
+    """The same with random weights, which seldom end an answer before they must."""
+    cut_off(cloud)  # a bake fetches
+    try:
+        model = talkative(ROOT / ".cache" / "bench")
+        folder = tmp_path_factory.mktemp("talkative")
+        return bake(cloud, folder, image_version="test-2", model="talkative", model_file=str(model))
+    finally:
+        cut_off(cloud, "*")
 
 
 @contextmanager
@@ -86,12 +102,12 @@ def orders(server: AcmeServer) -> int:
     return server.log.read_text().count("Issued certificate serial")
 
 
-def on_node(made: Deployment, command: str) -> str:
+def on_node(made: Deployment | ApiDeployment, command: str) -> str:
     """What a command on the node that serves prints."""
     return ssh(made.folder.parent / "id_ed25519", made.outputs()["node"]["ipv4"], command)
 
 
-def tokens_counted(made: Deployment, name: str) -> int:
+def tokens_counted(made: Deployment | ApiDeployment, name: str) -> int:
     """What the node that serves has on record for a key, over all nodes."""
     query = f"SELECT sum(amount) FROM counters WHERE name LIKE 'tokens/%/key:{name}'"
     lines = ["import sqlite3", "known = sqlite3.connect('/var/lib/mini-llm/counters.sqlite3')"]
@@ -99,7 +115,7 @@ def tokens_counted(made: Deployment, name: str) -> int:
     return int(on_node(made, "\n".join(["python3 - <<'END'", *lines, "END"])))
 
 
-def nodes_measured(made: Deployment) -> set[str]:
+def nodes_measured(made: Deployment | ApiDeployment) -> set[str]:
     """Of which nodes the one that serves knows measurements."""
     query = "http://127.0.0.1:9090/api/v1/query?query=group%20by%20(node)(last_over_time(up%7Bjob%3D%22service%22%7D%5B1h%5D))"
     lines = ["import json, urllib.request", f"told = json.load(urllib.request.urlopen('{query}'))"]
@@ -107,7 +123,7 @@ def nodes_measured(made: Deployment) -> set[str]:
     return set(on_node(made, "\n".join(["python3 - <<'END'", *lines, "END"])).split())
 
 
-def verify_audit(made: Deployment) -> str:
+def verify_audit(made: Deployment | ApiDeployment) -> str:
     """What the service's own look at the logs of all nodes says."""
     return on_node(
         made,
@@ -116,15 +132,10 @@ def verify_audit(made: Deployment) -> str:
     )
 
 
-def test_rollouts_under_load(
-    cloud: LocalCloud,
-    image: BoundImage,
-    program: str,
-    tmp_path: Path,
-) -> None:
+def test_rollouts_under_load(cloud: LocalCloud, talkative_image: BoundImage, program: str, tmp_path: Path) -> None:
     """Three in a row, the last one back to the first keys: 0 failed, 0 cut, no certificate ordered, all counted."""
     first_keys, other_keys = [unlimited("alice")], [unlimited("alice"), unlimited("berta")]
-    with rolled(cloud, image, program, tmp_path, api_keys=first_keys) as (made, server):
+    with rolled(cloud, talkative_image, program, tmp_path, api_keys=first_keys) as (made, server):
         told, issued = made.outputs(), orders(server)
         load = Load(DOMAIN, KEYS["alice"], tmp_path / "root.pem")
         settings = on_node(made, _SETTINGS)
@@ -143,8 +154,7 @@ def test_rollouts_under_load(
                     assert made.generate(told["ipv4_address"], KEYS["berta"]) == 401
             time.sleep(5)
         print(load.describe())
-        for one in load.failed():
-            print(f"{one.began_s - start_s:.2f} + {one.took_s:.2f} s: {one.kind} {one.way} {one.end}")
+        load.print_failed(start_s)
         print("rollouts:", ", ".join(f"{each:.1f} s" for each in took_s))
         logs = "/var/lib/mini-llm/audit/*.jsonl /var/lib/mini-llm/audit-before/*/*.jsonl"
         odd = f"""cat {logs} | grep '"ended"' | grep -v '"outcome":"\\(stop\\|length\\)"' || true"""
@@ -171,6 +181,36 @@ def test_rollouts_under_load(
         while (measured := nodes_measured(made)) != names:
             assert time.monotonic() < end_s, (measured, names)
             time.sleep(2)
+
+
+def test_a_rollout_without_terraform(cloud: LocalCloud, image: BoundImage, tmp_path: Path) -> None:
+    """The same calls through the API, so that a rollout runs where Terraform's provider cannot be had."""
+    key = make_key(tmp_path)
+    with reachable_acme_server(cloud, tmp_path) as (server, acme):
+        root, place = tmp_path / "root.pem", tmp_path / "api"
+        facts = {"acme": acme, "handover": make_pair(datetime.now(UTC)), "api_keys": [unlimited("alice")]}
+        public_key = key.with_suffix(".pub").read_text()
+        with api_deployment(place, cloud, root, image.id, public_key, **facts) as made:
+            told = made.outputs()
+            for name in (DOMAIN, f"monitoring.{DOMAIN}"):
+                server.point(name, told["ipv4_address"])
+            made.roll_out()
+            before, issued = made.outputs()["node"], orders(server)
+            load = Load(DOMAIN, KEYS["alice"], root)
+            with load.running(_STREAM_TOKENS, ways(told["ipv4_address"], told["ipv6_address"])):
+                time.sleep(3)
+                print(made.roll_out(api_keys=[unlimited("alice"), unlimited("berta")]).said)
+                time.sleep(3)
+            print(load.describe())
+            assert load.failed() == []
+            assert max(one.connect_s for one in load.seen if one.connect_s is not None) <= 2.0
+            assert made.outputs()["node"] != before
+            assert made.generate(told["ipv4_address"], KEYS["berta"]) == 200
+            assert orders(server) == issued
+            assert tokens_counted(made, "alice") == sum(one.tokens for one in load.seen)
+            said = verify_audit(made)
+            assert (said.count("begins zeros"), said.count("begins after hash")) == (1, 1), said
+            assert "\nwhole" in said
 
 
 def test_what_goes_wrong_leaves_the_old_node_serving(
@@ -220,20 +260,21 @@ def test_what_goes_wrong_leaves_the_old_node_serving(
 
 
 def test_where_the_firewall_drops_moved_flows(
-    cloud: LocalCloud, image: BoundImage, program: str, tmp_path: Path
+    cloud: LocalCloud, talkative_image: BoundImage, program: str, tmp_path: Path
 ) -> None:
     """The new node finds it out, and waits for a moment without answers; connections that begin meanwhile wait too."""
-    with forgetful(cloud), rolled(cloud, image, program, tmp_path, api_keys=[unlimited("alice")]) as (made, server):
+    with (
+        forgetful(cloud),
+        rolled(cloud, talkative_image, program, tmp_path, api_keys=[unlimited("alice")]) as (made, server),
+    ):
         told, issued = made.outputs(), orders(server)
-        kept, new = Way(told["ipv4_address"], False, True), Way(told["ipv4_address"], False, False)
-        load = Load(DOMAIN, KEYS["alice"], tmp_path / "root.pem")
-        with load.running(40, {"stream": [(kept, 12.0)], "look": [(kept, 0.5), (new, 0.5)]}):
-            time.sleep(3)
+        load, start_s = Load(DOMAIN, KEYS["alice"], tmp_path / "root.pem"), time.monotonic()
+        with load.running(_STREAM_TOKENS, ways(told["ipv4_address"], told["ipv6_address"])):
+            time.sleep(5)
             said = made.apply(api_keys=[unlimited("alice"), unlimited("berta")])
-            time.sleep(3)
+            time.sleep(5)
         print(load.describe())
-        for one in load.failed():
-            print(one)
+        load.print_failed(start_s)
         assert "note: the cloud's firewall drops connections that move" in " ".join(said.split())
         assert load.failed() == []
         assert orders(server) == issued

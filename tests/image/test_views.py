@@ -12,7 +12,7 @@ from hcloud.images import Image
 from hcloud.server_types import ServerType
 
 from tests.image.harness import DOMAIN, ROOT, Node
-from tests.image.test_launch import deployment, program  # noqa: F401 - a fixture
+from tests.image.launch import deployment
 from tests.local_cloud.harness import LocalCloud
 
 OWN = {"product": "mini-llm", "deployment": "views"}
@@ -126,7 +126,7 @@ def test_cost_of_a_node(cloud: LocalCloud, served: Node, asked: tuple[str, ...])
     assert "Groq: Llama 3.1 8B Instant" in text
 
 
-def test_terraform_tells_what_a_month_costs(cloud: LocalCloud, program: str, tmp_path: Path) -> None:  # noqa: F811
+def test_terraform_tells_what_a_month_costs(cloud: LocalCloud, program: str, tmp_path: Path) -> None:
     """Once the prices were fetched; before that it says nothing."""
     with deployment(tmp_path, cloud, program, Path("/dev/null"), image_id=1, acme={"email": "a@example.org"}) as made:
         code, said = made.run("plan", "-input=false")
