@@ -2,40 +2,25 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from itertools import pairwise
 from typing import Any
 
 import pytest
 from selenium import webdriver
-from selenium.webdriver.chrome.service import Service as DriverService
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
+from tests.service.browser import NoBrowser, running_browser
 from tests.service.harness import FAKE, Service, running_service
 
 pytestmark = pytest.mark.timeout(90)
 
-_FLAGS = (
-    "--headless=new",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-dev-shm-usage",
-    "--disable-quic",
-    "--no-first-run",
-    "--no-proxy-server",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--window-size=1280,900",
-)
 _KEY = "mllm_only-for-this-test"
 
 # Runs in every document before its own scripts: what the policy stopped, and what is spoken.
@@ -126,27 +111,15 @@ class Page:
 @pytest.fixture(scope="module")
 def driver() -> Iterator[webdriver.Chrome]:
     """One browser for all tests, with a profile of its own that is deleted afterwards."""
-    program, driver_program = shutil.which("chromium"), shutil.which("chromedriver")
-    if program is None or driver_program is None:
-        missing = "no browser: apt-get install -y --no-install-recommends chromium chromium-driver"
-        if os.environ.get("CI"):
-            pytest.fail(missing)
-        pytest.skip(missing)
-    options = webdriver.ChromeOptions()
-    options.binary_location = program
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        for flag in (*_FLAGS, f"--user-data-dir={profile}"):
-            options.add_argument(flag)
-        # Both programs are named, so that selenium looks for none, and certainly not on the network.
-        browser = webdriver.Chrome(options, DriverService(driver_program, env={**os.environ, "SE_OFFLINE": "true"}))
+    with ExitStack() as stack:
         try:
-            browser.set_page_load_timeout(20)
-            browser.set_script_timeout(20)
-            browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": _RECORDER})
-            yield browser
-        finally:
-            browser.quit()
+            browser = stack.enter_context(running_browser())
+        except NoBrowser as missing:
+            if os.environ.get("CI"):
+                raise  # there it must run
+            pytest.skip(str(missing))
+        browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": _RECORDER})
+        yield browser
 
 
 @pytest.fixture(scope="module")
