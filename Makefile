@@ -24,7 +24,7 @@ ifeq ($(LLM_MODEL),)
 unexport LLM_MODEL
 endif
 
-.PHONY: help serve demo bake handover-key cloud cloud-clean test unit test-faults test-launch-faults bench bench-cloud bench-image bench-bake bench-rollout train lint lock clean
+.PHONY: help serve demo bake handover-key cloud cloud-clean test unit test-faults test-launch-faults bench bench-cloud bench-image bench-bake bench-rollout pictures train lint lock clean
 
 help:
 	@echo "make serve   serve a model on 127.0.0.1:8080 (HOST= PORT= MODEL= change that)"
@@ -36,6 +36,7 @@ help:
 	@echo "make test-faults  the whole fault plan of a bake, an hour or two (root; FAULTS= adds options)"
 	@echo "make test-launch-faults  the whole fault plan of an apply, about an hour (root, Terraform; FAULTS= adds options)"
 	@echo "make bench   measure, as ratios in one run;  make bench-cloud, bench-image, bench-bake, bench-rollout  of cloud, node, bake, rollout (root)"
+	@echo "make pictures  the README's drawings and screenshots anew (root; PICTURES=drawings those alone)"
 	@echo "make train   train the starter model again (up to an hour)"
 	@echo "make lint    check style;  make lock  pin requirements again;  make clean  remove .venv and caches"
 
@@ -100,6 +101,10 @@ bench-bake:
 bench-rollout:
 	@$(SET_UP) $(TEST_REQUIREMENTS)
 	@$(VENV_PYTHON) -m tests.bench.rollout
+
+pictures:
+	@$(SET_UP) $(TEST_REQUIREMENTS)
+	@$(VENV_PYTHON) -m tests.pictures $(PICTURES)
 
 train:
 	@$(SET_UP) $(TEST_REQUIREMENTS)
