@@ -12,6 +12,7 @@ import asyncio
 import http.client
 import ipaddress
 import json
+import math
 import os
 import re
 import shutil
@@ -49,9 +50,10 @@ _LOOK_EVERY_S, _SYNC_EVERY_S = 0.2, 1.0
 _GONE_AFTER_S, _TRIES = 20.0, 3
 # After the move: connections on which nobody asks are ended by the old node, long before they would end by themselves.
 _IDLE_S, _LONGEST_ANSWER_S = 10.0, 330.0
-# Where moved flows would be cut: how long to wait for a moment without answers, how long new connections are then kept
-# waiting while the rest ends, and how long at most until the addresses move.
-_GAP_WITHIN_S, _REST_S, _HELD_S, _HOLD_AGAIN_S, _HOLD_WITHIN_S = 300.0, 15.0, 30, 10.0, 60.0
+# Where moved flows would be cut: how long to wait for a moment without answers, and, if there is none, for their end
+# while new connections are kept waiting; how long these wait while the rest ends, and at most until the addresses move.
+_GAP_WITHIN_S, _DRAIN_S = 300.0, 60.0
+_REST_S, _HELD_S, _HOLD_AGAIN_S, _HOLD_WITHIN_S = 15.0, 30, 10.0, 60.0
 _KEPT_AUDIT_FILES = 32
 _BLOCK = re.compile(r"[0-9A-HJKMNP-TV-Z]{26}")  # the name of a block of Prometheus', a ULID
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -509,19 +511,26 @@ class Takeover:
         peer.tell("/hold", {"seconds": 0})
         begin_s = self.now_s()
         self.board.tell(reason="the cloud's firewall would cut answers in flight; waiting for a moment without any")
-        self._wait_for(peer, lambda told: not told["answers"], _GAP_WITHIN_S)
-        peer.tell("/hold", {"seconds": _HELD_S})
-        rest = self._wait_for(peer, lambda told: not told["connections"], _REST_S)
+        if self._wait_for(peer, lambda told: not told["answers"], _GAP_WITHIN_S)["answers"]:
+            self._wait_for(peer, lambda told: not told["answers"], _DRAIN_S, held=True)
+        rest = self._wait_for(peer, lambda told: not told["connections"], _REST_S, held=True)
         waited = f"{self.now_s() - begin_s:.0f} s were waited for a moment without answers"
         cut = f"; there was none, so {rest['answers']} of them are cut" if rest["answers"] else ""
         self.board.note(f"the cloud's firewall drops connections that move: {waited}{cut}")
         self.board.tell(reason=None)
 
-    def _wait_for(self, peer: Peer, is_so: Callable[[dict[str, Any]], bool], within_s: float) -> dict[str, Any]:
-        end_s = self.now_s() + within_s
-        while not is_so(told := self.sync(peer)) and self.now_s() < end_s:
+    def _wait_for(
+        self, peer: Peer, is_so: Callable[[dict[str, Any]], bool], within_s: float, held: bool = False
+    ) -> dict[str, Any]:
+        """What is open on the old node, once it is so, or too late; ``held``: nobody begins a connection meanwhile."""
+        end_s, hold_s = self.now_s() + within_s, self.now_s() if held else math.inf
+        while True:
+            if self.now_s() >= hold_s:
+                hold_s = self.now_s() + _HOLD_AGAIN_S
+                peer.tell("/hold", {"seconds": _HELD_S})
+            if is_so(told := self.sync(peer)) or self.now_s() >= end_s:
+                return told
             self.sleep(_LOOK_EVERY_S)
-        return told
 
     def _main(self) -> str:
         """The address that moves last, and that somebody is sure to ask at."""
