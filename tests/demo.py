@@ -1,0 +1,319 @@
+"""Owns the demo: from an empty machine to a rollout under load, with real parts, on a cloud of this machine's own.
+
+``make demo`` runs it, as root; ``KEEP=1`` leaves everything up until Ctrl-C. What stands in for the world outside is
+said where it is used. Nothing of it is left afterwards; what a killed one has left goes at the start of the next.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import requests
+
+from scripts.handover_key import make_pair
+from scripts.local_cloud.machines.host import HostUnfit, check_host, check_image_tools, check_pool_tools
+from scripts.local_cloud.machines.network import tag_of, transfer_addresses
+from tests.image.acme import AcmeServer, running_acme_server
+from tests.image.bakery import Bakery, running_bakery
+from tests.image.harness import DOMAIN, ROOT
+from tests.image.launch import KEYS, Deployment, api_key, deployment
+from tests.image.launch_by_api import ApiDeployment, api_deployment
+from tests.image.load import Load, Way
+from tests.local_cloud.harness import make_key, traces
+from tests.programs import ProgramMissing
+
+_FOLDER = ROOT / ".cache" / "demo"
+_ADDRESSES = "198.19.200.0/24"
+_REGISTRY = "https://registry-1.docker.io/v2/"
+_NEEDED_GB = 15
+_KEY = {name: value for name, value in api_key("alice").items() if name != "limits"}
+_INSTEAD = "`make serve` runs the service alone, without root and without a cloud"
+
+
+class CannotRun(Exception):
+    """This machine cannot show it; the message says why, in one line."""
+
+
+@dataclass
+class Story:
+    """What was done, one line a step: what, how long, what was seen; and what should not have been."""
+
+    lines: list[tuple[str, float, str]] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def step(self, title: str) -> Iterator[Callable[[str], None]]:
+        """Shows a step and its time; what it is told was seen goes into the table."""
+        print(f"\n=== {title}", flush=True)
+        begin_s, seen = time.monotonic(), list[str]()
+        yield seen.append
+        took_s = time.monotonic() - begin_s
+        self.lines.append((title, took_s, "; ".join(seen)))
+        print(f"    {'; '.join(seen)} ({took_s:.1f} s)", flush=True)
+
+    def print_table(self) -> None:
+        width = max(len(title) for title, _, _ in self.lines)
+        print("\nWhat was seen:\n")
+        for title, took_s, seen in self.lines:
+            print(f"{title:{width}}  {took_s:7.1f} s  {seen}")
+
+
+def check_machine() -> None:
+    """Raises CannotRun unless this machine can run it."""
+    try:
+        check_host()
+        check_image_tools()
+        check_pool_tools()
+    except HostUnfit as error:
+        raise CannotRun(str(error)) from error
+    free_gb = shutil.disk_usage(ROOT).free / 1e9
+    if free_gb < _NEEDED_GB:
+        raise CannotRun(f"it needs {_NEEDED_GB} GB of disk, {free_gb:.0f} are free")
+
+
+def has_registry() -> bool:
+    """Whether the registry of the pinned images answers."""
+    try:
+        return requests.get(_REGISTRY, timeout=5).status_code == 401  # it wants a token, as ever
+    except requests.RequestException:
+        return False
+
+
+def has_provider(folder: Path) -> str | None:
+    """Terraform or OpenTofu, if it can have the provider of terraform/versions.tf."""
+    program = shutil.which("terraform") or shutil.which("tofu")
+    if program is None:
+        return None
+    folder.mkdir()
+    shutil.copy(ROOT / "terraform" / "versions.tf", folder)
+    done = subprocess.run([program, "init", "-input=false"], cwd=folder, capture_output=True, timeout=120)
+    return program if done.returncode == 0 else None
+
+
+def show(command: str, said: str) -> None:
+    """A command as somebody would type it, and what it said."""
+    print(f"$ {command}")
+    print("".join(f"    {line}\n" for line in said.strip().splitlines()), end="", flush=True)
+
+
+def bake(bakery: Bakery) -> dict[str, Any]:
+    """What bake.py told of the image, which is verified and promoted now; its lines are shown as they come."""
+    print("$ python scripts/bake.py build --promote", flush=True)
+    process = bakery.start("build", "--promote", "--json")
+    assert process.stderr is not None
+    assert process.stdout is not None
+    try:
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            print(f"    {line.rstrip()}", flush=True)
+        told = process.stdout.read()
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)  # it cleans up what it made
+        code = process.wait(120)
+    if code:
+        raise CannotRun(f"bake.py ended with {code}: {lines[-1].strip() if lines else 'it said nothing'}")
+    return dict(json.loads(told))
+
+
+def answer(made: Deployment | ApiDeployment) -> str:
+    """The text of a generation by the service's name, its certificate verified."""
+    address = made.outputs()["ipv4_address"]
+    body = json.dumps({"prompt": "What is mini-llm?"})
+    done = subprocess.run(
+        [
+            *("curl", "-sS", "--fail-with-body", "--cacert", str(made.authority)),
+            *("--resolve", f"{DOMAIN}:443:{address}", "-H", f"Authorization: Bearer {KEYS['alice']}"),
+            *("-H", "Content-Type: application/json", "-d", body, f"https://{DOMAIN}/generate"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    if done.returncode:
+        raise CannotRun(f"the service did not answer: {done.stdout}{done.stderr}")
+    text = str(json.loads(done.stdout)["response"]).strip()
+    show(f"curl https://{DOMAIN}/generate -H 'Authorization: Bearer …' -d '{body}'", text)
+    return text
+
+
+@contextmanager
+def launching(
+    bakery: Bakery, program: str | None, server: AcmeServer, acme: dict[str, str], image_id: int
+) -> Iterator[tuple[Deployment | ApiDeployment, Callable[[int], str]]]:
+    """A deployment with nothing in it yet, and what makes an image the one that serves; it says what was said."""
+    folder, client = _FOLDER / "launch", bakery.cloud.client()
+    folder.mkdir()
+    public_key = make_key(folder).with_suffix(".pub").read_text()
+    facts: dict[str, Any] = {"acme": acme, "handover": make_pair(datetime.now(UTC)), "api_keys": [_KEY]}
+
+    def point() -> None:
+        addresses = {each.type: each.ip for each in client.floating_ips.get_all()}
+        server.point(DOMAIN, addresses["ipv4"])
+
+    root = folder / "root.pem"
+    server.write_root(root)
+    if program is None:
+        with api_deployment(folder, bakery.cloud, root, image_id, public_key, **facts) as by_api:
+            point()
+
+            def roll_out(image: int) -> str:
+                by_api.image_id = image
+                return by_api.roll_out().said
+
+            yield by_api, roll_out
+        return
+    more = {"ssh_public_keys": {"demo": public_key}, "ready_timeout_s": 400}
+    with deployment(folder, bakery.cloud, program, root, image_id=image_id, **facts, **more) as made:
+        name = Path(program).name
+        code, said = made.run("apply", "-auto-approve", "-input=false", "-target=hcloud_floating_ip.service")
+        if code:
+            raise CannotRun(said)
+        point()
+
+        def apply(image: int) -> str:
+            print(f"$ {name} apply", flush=True)
+            return made.apply(image_id=image)
+
+        yield made, apply
+
+
+def prove_lines(said: str) -> str:
+    """Of what an apply said, what tells of the node's proof."""
+    wanted = [line for line in said.splitlines() if "serves after" in line or "Apply complete" in line]
+    return "\n".join(line.rpartition("local-exec): ")[2].strip() for line in wanted)
+
+
+def run_story(story: Story, ends: ExitStack) -> None:
+    """All steps. Raises CannotRun, ProgramMissing, AssertionError with the reason if one did not work."""
+    with story.step("What this machine has") as saw:
+        own_registry = not has_registry()
+        if own_registry:
+            print("No container registry answers: Traefik, Prometheus and Alertmanager are built from their Go modules")
+            print("(once, some minutes); Grafana cannot be had so, and a page that says so stands in its place.")
+        saw("containers " + ("built here, Grafana stood in for" if own_registry else "as pinned, from their registry"))
+        program = has_provider(_FOLDER / "provider")
+        way = f"{Path(program).name} apply" if program else "the API"
+        if program is None:
+            print("Terraform, or its provider, cannot be had: the same calls are made through the API instead.")
+        saw(f"launched by {way}")
+
+    with story.step("A Hetzner Cloud of this machine's own") as saw:
+        bakery = ends.enter_context(running_bakery(_FOLDER, _ADDRESSES, stand_ins=own_registry))
+        host, _ = transfer_addresses(tag_of(bakery.cloud.state))  # where servers reach this machine
+        server = ends.enter_context(running_acme_server(_FOLDER, host))
+        acme = {"email": "demo@example.org", "server": server.directory, "authority": server.authority.read_text()}
+        saw("real Debian servers in system containers, Packer and hcloud talk to it; Pebble signs certificates")
+
+    with story.step("Bake the image") as saw:
+        first = bake(bakery)["image"]
+        saw(f"image {first['id']}, version {first['version']}, proved by booting it")
+
+    made, roll_out = ends.enter_context(launching(bakery, program, server, acme, first["id"]))
+    with story.step(f"Launch a node by {way}") as saw:
+        show("the node's proof", prove_lines(roll_out(first["id"])))
+        saw(f"https://{DOMAIN} at {made.outputs()['ipv4_address']}, its certificate ordered")
+
+    with story.step("A generation over HTTPS") as saw:
+        saw(f"“{answer(made)[:60]}”")
+
+    with story.step("Bake a second version") as saw:
+        bakery.change("service/page/page.css", "\n/* the second version */\n")
+        second = bake(bakery)["image"]
+        saw(f"image {second['id']}, version {second['version']}; only the layer that changed was baked")
+
+    with story.step("Roll it out while clients stream") as saw:
+        address = made.outputs()["ipv4_address"]
+        load = Load(DOMAIN, KEYS["alice"], made.authority)
+        kept, new = Way(address, False, True), Way(address, False, False)
+        before = server.log.read_text().count("Issued certificate serial")
+        with load.running(100, {"stream": [(kept, 0.0), (new, 0.2)], "look": [(kept, 0.5), (new, 0.5)]}):
+            show("the node's proof", prove_lines(roll_out(second["id"])))
+        print(load.describe())
+        load.print_failed(0.0)
+        ordered = server.log.read_text().count("Issued certificate serial") - before
+        if load.failed():
+            story.wrong.append(f"{len(load.failed())} requests failed in the rollout")
+        saw(f"{len(load.seen)} requests, {len(load.failed())} failed, {ordered} certificates ordered")
+
+    if isinstance(made, Deployment):
+        with story.step("Has anything drifted?") as saw:
+            command = [sys.executable, str(ROOT / "scripts" / "drift.py"), "--folder", str(made.folder)]
+            command += ["--deployment", "launch", "--program", made.program]
+            (made.folder / "image.auto.tfvars.json").write_text(json.dumps({"image_id": second["id"]}))
+            done = subprocess.run(command, env=made.environment, capture_output=True, text=True, timeout=300)
+            show("python scripts/drift.py", done.stdout + done.stderr)
+            if done.returncode:
+                story.wrong.append("something has drifted")
+            saw("nothing has" if done.returncode == 0 else f"exit code {done.returncode}")
+    else:
+        story.lines.append(("Has anything drifted?", 0.0, "did not run: drift.py asks Terraform"))
+
+    if os.environ.get("KEEP") == "1":
+        print(f"\nAll of it stays up until Ctrl-C. {made.outputs()['ipv4_address']} is {DOMAIN}:")
+        print(f"  curl --cacert {made.authority} --resolve {DOMAIN}:443:{made.outputs()['ipv4_address']} \\")
+        print(f"    -H 'Authorization: Bearer {KEYS['alice']}' -H 'Content-Type: application/json' \\")
+        print(f'    -d \'{{"prompt": "What is mini-llm?"}}\' https://{DOMAIN}/generate')
+        print(f"  export HCLOUD_ENDPOINT={bakery.cloud.endpoint} HCLOUD_TOKEN=local; hcloud server list")
+        with suppress(KeyboardInterrupt):
+            signal.pause()
+
+
+def clean() -> None:
+    """Removes what a demo that was killed has left."""
+    if _FOLDER.exists():
+        command = [sys.executable, "-m", "scripts.local_cloud", "clean", "--state", str(_FOLDER / "cloud")]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
+        shutil.rmtree(_FOLDER)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> int:
+    """Exit code 0 if all was seen, 1 with the reason if not, 130 if interrupted; nothing is left in any case."""
+    story, begin_s = Story(), time.monotonic()
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        check_machine()
+        clean()
+        _FOLDER.mkdir(parents=True)
+        try:
+            with ExitStack() as ends:
+                run_story(story, ends)
+                print("\n=== Tear it down", flush=True)
+                down_s = time.monotonic()
+        finally:
+            left = traces(_FOLDER / "cloud")
+            shutil.rmtree(_FOLDER, ignore_errors=True)
+        story.lines.append(("Tear it down", time.monotonic() - down_s, f"left behind: {left or 'nothing'}"))
+        if left:
+            story.wrong.append(f"left behind: {left}")
+        story.print_table()
+        print(f"\nAll of it took {(time.monotonic() - begin_s) / 60:.1f} minutes.")
+        for each in story.wrong:
+            print(f"error: {each}", file=sys.stderr)
+        return 1 if story.wrong else 0
+    except (CannotRun, ProgramMissing) as error:
+        print(f"error: {error}\n  {_INSTEAD}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; nothing of it is left", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

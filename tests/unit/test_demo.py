@@ -1,0 +1,78 @@
+"""The demo says in one line why it cannot run, and tells truly what was seen."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import pytest
+
+from scripts.local_cloud.machines.host import HostUnfit
+from tests import demo
+
+
+def refuse(message: str) -> Callable[[], None]:
+    def check() -> None:
+        raise HostUnfit(message)
+
+    return check
+
+
+@pytest.mark.parametrize("name", ["check_host", "check_image_tools", "check_pool_tools"])
+def test_a_machine_that_cannot_run_it_is_told_why_and_what_instead(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """Before anything is made."""
+    for each in ("check_host", "check_image_tools", "check_pool_tools"):
+        monkeypatch.setattr(demo, each, lambda: None)
+    monkeypatch.setattr(demo, name, refuse("servers are system containers, which only root can start"))
+    monkeypatch.setattr(demo, "clean", lambda: pytest.fail("something was touched"))
+    assert demo.main() == 1
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "error: servers are system containers, which only root can start"
+    assert "make serve" in second
+
+
+def test_a_small_disk_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what is needed and what is there."""
+    for each in ("check_host", "check_image_tools", "check_pool_tools"):
+        monkeypatch.setattr(demo, each, lambda: None)
+    monkeypatch.setattr(demo.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2e9})())
+    with pytest.raises(demo.CannotRun, match="needs 15 GB of disk, 2 are free"):
+        demo.check_machine()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "left", "code"),
+    [([], {}, 0), (["9 requests failed in the rollout"], {}, 1), ([], {"links": ["mlc-1"]}, 1)],
+)
+def test_what_should_not_have_been_fails_the_demo(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wrong: list[str], left: object, code: int
+) -> None:
+    """A failed request, a drift, something left behind; the table is shown all the same."""
+
+    def story(told: demo.Story, ends: ExitStack) -> None:
+        told.lines.append(("Roll it out while clients stream", 1.0, "what was seen"))
+        told.wrong += wrong
+
+    monkeypatch.setattr(demo, "check_machine", lambda: None)
+    monkeypatch.setattr(demo, "clean", lambda: None)
+    monkeypatch.setattr(demo, "run_story", story)
+    monkeypatch.setattr(demo, "traces", lambda state: left)
+    monkeypatch.setattr(demo, "_FOLDER", demo._FOLDER / "unit")
+    assert demo.main() == code
+    said = capsys.readouterr()
+    assert "what was seen" in said.out
+    assert said.err.count("error: ") == code
+
+
+def test_a_step_that_fails_is_no_line_of_the_table() -> None:
+    """It was not seen."""
+    story = demo.Story()
+    with pytest.raises(ValueError, match="no"), story.step("one"):
+        raise ValueError("no")
+    assert story.lines == []
+
+
+def test_of_an_apply_the_proof_is_shown() -> None:
+    """Terraform's own words around it are not."""
+    said = "node: Creating...\nx (local-exec): llm.test serves after 2 s: 'a'\nApply complete! Resources: 1 added."
+    assert demo.prove_lines(said) == "llm.test serves after 2 s: 'a'\nApply complete! Resources: 1 added."
