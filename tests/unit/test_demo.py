@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
@@ -45,7 +46,12 @@ def test_a_small_disk_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     [([], {}, 0), (["9 requests failed in the rollout"], {}, 1), ([], {"links": ["mlc-1"]}, 1)],
 )
 def test_what_should_not_have_been_fails_the_demo(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wrong: list[str], left: object, code: int
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    wrong: list[str],
+    left: object,
+    code: int,
+    tmp_path: Path,
 ) -> None:
     """A failed request, a drift, something left behind; the table is shown all the same."""
 
@@ -57,7 +63,7 @@ def test_what_should_not_have_been_fails_the_demo(
     monkeypatch.setattr(demo, "clean", lambda: None)
     monkeypatch.setattr(demo, "run_story", story)
     monkeypatch.setattr(demo, "traces", lambda state: left)
-    monkeypatch.setattr(demo, "_FOLDER", demo._FOLDER / "unit")
+    monkeypatch.setattr(demo, "_FOLDER", tmp_path / "demo")
     assert demo.main() == code
     said = capsys.readouterr()
     assert "what was seen" in said.out
