@@ -18,8 +18,8 @@ from scripts.local_cloud.machines.network import tag_of, transfer_addresses
 from tests.bench.by_hand import usual_way
 from tests.bench.model import billion
 from tests.image.acme import running_acme_server
-from tests.image.harness import DOMAIN, ROOT, Node, bake, cut_off, node
-from tests.local_cloud.harness import LocalCloud, make_key, running_cloud, wait_until_off
+from tests.image.harness import DOMAIN, ROOT, Node, bake, node
+from tests.local_cloud.harness import LocalCloud, cut_off, make_key, running_cloud, wait_until_off
 
 ROUNDS, FRESH_ROUNDS = 5, 3
 PATIENCE_S = 60.0
