@@ -38,7 +38,7 @@ help:
 	@echo "make bench   measure, as ratios in one run;  make bench-cloud, bench-image, bench-bake, bench-rollout  of cloud, node, bake, rollout (root)"
 	@echo "make pictures  the README's drawings and screenshots anew (root; PICTURES=drawings those alone)"
 	@echo "make train   train the starter model again (up to an hour)"
-	@echo "make lint    check style;  make lock  pin requirements again;  make clean  remove .venv and caches"
+	@echo "make lint    check style and types;  make lock  pin requirements again;  make clean  remove .venv and caches"
 
 serve:
 	@$(SET_UP) service/requirements.txt
@@ -68,7 +68,7 @@ cloud-clean:
 test:
 	@$(PYTHON) scripts/setup_host.py test
 	@$(SET_UP) $(TEST_REQUIREMENTS)
-	@$(VENV_PYTHON) -m ruff check --quiet . && $(VENV_PYTHON) -m pytest $(TESTS)
+	@$(VENV_PYTHON) -m ruff check --quiet . && $(VENV_PYTHON) -m mypy --no-error-summary && $(VENV_PYTHON) -m pytest $(TESTS)
 
 unit:
 	@$(SET_UP) $(TEST_REQUIREMENTS)
@@ -112,7 +112,7 @@ train:
 
 lint:
 	@$(SET_UP) $(TEST_REQUIREMENTS)
-	@$(VENV_PYTHON) -m ruff check .
+	@$(VENV_PYTHON) -m ruff check . && $(VENV_PYTHON) -m mypy
 
 # Needs uv; pins every requirement and all it needs, by hash, for every supported Python.
 LOCK := uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
@@ -124,4 +124,4 @@ lock:
 	$(LOCK) -c service/requirements.txt -c service/starter/requirements.txt -c scripts/requirements.txt tests/requirements.in -o tests/requirements.txt
 
 clean:
-	rm -rf .venv .cache .pytest_cache .ruff_cache
+	rm -rf .venv .cache .pytest_cache .ruff_cache .mypy_cache

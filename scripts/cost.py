@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ try:
     from hcloud.server_types import BoundServerType
     from hcloud.servers import BoundServer
 
+    from scripts.bake.answers import given
     from scripts.bake.cloud import Cloud, find_access
     from scripts.bake.console import table
     from scripts.bake.errors import BakeError, Refused
@@ -92,18 +94,21 @@ class Cost:
 
 def price_rows(found: Deployment, types: list[BoundServerType], pricing: dict[str, Any]) -> Iterator[Row]:
     """Every resource of the deployment, and the product's snapshots."""
-    places = {each.id: each.location.name for each in found.servers}
+    places = {each.id: given(given(each.location).name) for each in found.servers}
     for server in found.servers:
-        yield Row(f"server {server.server_type.name}", server.name, price_of_server(server, types, "monthly"))
+        price = price_of_server(server, types, "monthly")
+        yield Row(f"server {given(server.server_type).name}", given(server.name), price)
     for own in found.primary_ips:
-        place = places.get(own.assignee_id or 0) or (own.location.name if own.location else "")
-        price = price_of_address(pricing, "primary_ips", own.type, place)
+        place = places.get(own.assignee_id) or (given(own.location.name) if own.location else "")
+        price = price_of_address(pricing, "primary_ips", given(own.type), place)
         yield Row(f"primary {own.type}", str(own.ip), price)
     for kept in found.floating_ips:
-        price = price_of_address(pricing, "floating_ips", kept.type, kept.home_location.name)
+        price = price_of_address(pricing, "floating_ips", given(kept.type), given(given(kept.home_location).name))
         yield Row(f"floating {kept.type}", str(kept.ip), price)
     for volume in found.volumes:
-        yield Row(f"volume {volume.size} GB", volume.name, price_per_gb_month(pricing, "volume").times(volume.size))
+        size_gb = given(volume.size)
+        price = price_per_gb_month(pricing, "volume").times(size_gb)
+        yield Row(f"volume {size_gb} GB", given(volume.name), price)
     per_gb = price_per_gb_month(pricing)
     for each in found.snapshots:
         name = f"{each.id} {each.version}".rstrip()
@@ -123,14 +128,14 @@ def price_list(types: list[BoundServerType], pricing: dict[str, Any]) -> dict[st
         found = {place: price_at(place) for place in places}
         return {place: price.net_eur for place, price in found.items() if price is not None}
 
+    def of_type(prices: list[dict[str, Any]] | None) -> dict[str, float]:
+        return by_place(lambda place: price_of_type(prices, place, "monthly"))
+
     return {
         "servers": {
-            each.name: by_place(lambda place, each=each: price_of_type(each.prices, place, "monthly")) for each in types
+            each.name: of_type(each.prices) for each in types
         },
-        **{
-            name: by_place(lambda place, group=group, kind=kind: price_of_address(pricing, group, kind, place))
-            for name, (group, kind) in groups.items()
-        },
+        **{name: by_place(partial(price_of_address, pricing, *group)) for name, group in groups.items()},
     }
 
 
@@ -142,7 +147,7 @@ def choose_node(found: Deployment) -> BoundServer | None:
 
 def measure(node: BoundServer | None, way: Way | None, now: datetime) -> Use:
     """What the node's Prometheus knows; without an answer the reason."""
-    hours = 24.0 if node is None else min(24.0, (now - node.created).total_seconds() / 3600)
+    hours = 24.0 if node is None else min(24.0, (now - given(node.created)).total_seconds() / 3600)
     if node is None:
         return Use(None, None, None, hours, "there is no node")
     if way is None or not way.user:
@@ -214,7 +219,8 @@ def lines(cost: Cost) -> list[str]:
     priced = [(row.what, row.name, row.price) for row in cost.rows]
     rows: list[tuple[object, ...]] = [("resource", "name", "€/month net", "gross")]
     for what, name, price in [*priced, ("all", "", cost.total)]:
-        rows.append((what, name, _eur(price and price.net_eur), _eur(price and price.gross_eur)))
+        net_eur, gross_eur = (None, None) if price is None else (price.net_eur, price.gross_eur)
+        rows.append((what, name, _eur(net_eur), _eur(gross_eur)))
     use = cost.use
     speed = "unknown" if use.tokens_per_s is None else f"{use.tokens_per_s:.1f} tokens/s"
     day = "unknown" if use.generated is None else f"{use.generated:.0f} tokens in {use.hours:.0f} h"

@@ -34,8 +34,7 @@ class Deployment:
 
 def add_place(parser: argparse.ArgumentParser) -> None:
     """Adds ``--folder`` and ``--deployment``: whose files and state, and which deployment's resources."""
-    place = {"type": _folder, "default": FOLDER, "help": "where Terraform's files and state are"}
-    parser.add_argument("--folder", **place)
+    parser.add_argument("--folder", type=_folder, default=FOLDER, help="where Terraform's files and state are")
     parser.add_argument("--deployment", default=DEFAULT_DEPLOYMENT, help="the name that it has in its variables")
 
 

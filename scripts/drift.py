@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
 try:
+    from scripts.bake.answers import given
     from scripts.bake.channels import tfvars_file
     from scripts.bake.cloud import Cloud, find_access
     from scripts.bake.errors import BakeError, Refused
@@ -107,11 +108,11 @@ def list_nodes(cloud: Cloud, deployment: str) -> list[Node]:
     """The deployment's servers, by their labels. Raises BakeError."""
     return [
         Node(
-            each.name,
+            given(each.name),
             None if each.image is None else each.image.id,
-            each.server_type.name,
-            each.location.name,
-            each.status,
+            given(given(each.server_type).name),
+            given(given(each.location).name),
+            given(each.status),
         )
         for each in own_servers(cloud, deployment)
     ]
@@ -120,7 +121,7 @@ def list_nodes(cloud: Cloud, deployment: str) -> list[Node]:
 def list_prices(cloud: Cloud) -> dict[tuple[str, str], float]:
     """Euros net an hour, by type and location. Raises BakeError."""
     return {
-        (each.name, price["location"]): read_price(price["price_hourly"]).net_eur
+        (given(each.name), price["location"]): read_price(price["price_hourly"]).net_eur
         for each in cloud.server_types()
         for price in each.prices or []
     }

@@ -83,7 +83,7 @@ def _context(way: Way | None) -> ssl.SSLContext:
     context.verify_mode = ssl.CERT_NONE if way is None else ssl.CERT_REQUIRED
     if way is not None:
         context.check_hostname = True
-        context.load_verify_locations(way.authority or requests.certs.where())
+        context.load_verify_locations(way.authority or requests.utils.DEFAULT_CA_BUNDLE_PATH)
     return context
 
 

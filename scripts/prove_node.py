@@ -29,7 +29,7 @@ except ModuleNotFoundError as error:
 _REQUEST_TIMEOUT_S = (5.0, 120.0)  # a generation of some tokens by a large model
 _PAUSE_S = 1.0
 _SAID_EVERY_S = 15.0
-_QUESTION = {"prompt": "Name three colours.", "max_tokens": 8, "temperature": 0}
+_QUESTION: dict[str, Any] = {"prompt": "Name three colours.", "max_tokens": 8, "temperature": 0}
 
 
 class NotYet(Exception):

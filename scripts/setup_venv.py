@@ -15,12 +15,12 @@ VENV = os.path.join(ROOT, ".venv")
 OLDEST_PYTHON = (3, 11)
 
 
-def fail(problem, remedy):
+def fail(problem: str, remedy: str) -> None:
     """Ends with one line that says what is wrong and one that says what to do."""
     sys.exit("error: %s\n  %s" % (problem, remedy))
 
 
-def check_host():
+def check_host() -> None:
     """Refuses hosts on which the engine's package does not exist or no environment can be made."""
     if sys.version_info < OLDEST_PYTHON:
         fail(
@@ -46,7 +46,7 @@ def check_host():
         )
 
 
-def fingerprint(requirement_files):
+def fingerprint(requirement_files: "list[str]") -> str:
     """Digest of all that the environment depends on: a change of any of it installs again."""
     digest = hashlib.sha256(("%s %s" % (sys.version, sys.executable)).encode())
     for path in requirement_files:
@@ -55,13 +55,13 @@ def fingerprint(requirement_files):
     return digest.hexdigest()
 
 
-def is_ours(python):
+def is_ours(python: str) -> bool:
     """Whether an environment's Python starts and is a copy of this very one: two of 3.11 do not mix either."""
     question = "import sys; sys.exit((sys.version, sys.base_prefix) != %r)" % ((sys.version, sys.base_prefix),)
     return os.path.exists(python) and subprocess.call([python, "-c", question], stderr=subprocess.DEVNULL) == 0
 
 
-def run(arguments, remedy):
+def run(arguments: "list[str]", remedy: str) -> None:
     """Runs one command; its failure ends the run with what to do."""
     try:
         code = subprocess.call(arguments, cwd=ROOT)
@@ -71,7 +71,7 @@ def run(arguments, remedy):
         fail("%s failed with exit code %d (its words are above)" % (os.path.basename(arguments[0]), code), remedy)
 
 
-def remove_cuda_libraries():
+def remove_cuda_libraries() -> None:
     """Deletes gpt4all's CUDA libraries: 210 of its 218 MB, for graphics cards that such a server does not have."""
     site = subprocess.check_output(
         [os.path.join(VENV, "bin", "python"), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
@@ -82,7 +82,7 @@ def remove_cuda_libraries():
             os.unlink(os.path.join(folder, name))
 
 
-def main(requirement_files):
+def main(requirement_files: "list[str]") -> None:
     stamp = os.path.join(VENV, ".installed-" + "-".join(path.split("/")[-2] for path in requirement_files))
     check_host()
     wanted = fingerprint(requirement_files)

@@ -21,6 +21,7 @@ sys.path[0] = str(ROOT)
 try:
     from hcloud.servers import BoundServer
 
+    from scripts.bake.answers import given
     from scripts.bake.cloud import Cloud, find_access
     from scripts.bake.console import table
     from scripts.bake.errors import BakeError
@@ -152,14 +153,14 @@ def _node(
 ) -> Node:
     image = None if server.image is None else server.image.id
     return Node(
-        server.name,
-        server.id,
+        given(server.name),
+        given(server.id),
         image,
         versions.get(image or 0, ""),
-        server.server_type.name,
-        server.location.name,
-        server.status,
-        round((now - server.created).total_seconds()),
+        given(given(server.server_type).name),
+        given(given(server.location).name),
+        given(server.status),
+        round((now - given(server.created)).total_seconds()),
         own_addresses(server),
         [str(each.ip) for each in held_by(server, found.floating_ips)],
         None if price is None else price.net_eur,
@@ -168,13 +169,13 @@ def _node(
 
 
 def _addresses(found: Deployment) -> list[dict[str, Any]]:
-    names = {each.id: each.name for each in found.servers}
+    names = {given(each.id): each.name for each in found.servers}
     return [
         {
             "name": each.name,
             "address": each.ip,
-            "leads_to": None if each.server is None else names.get(each.server.id, str(each.server.id)),
-            "protected": bool((each.protection or {}).get("delete")),
+            "leads_to": None if each.server is None else names.get(given(each.server.id), str(each.server.id)),
+            "protected": bool(each.protection and each.protection.get("delete")),
         }
         for each in found.floating_ips
     ]

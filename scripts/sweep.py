@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
 try:
+    from scripts.bake.answers import given
     from scripts.bake.cloud import Cloud, find_access
     from scripts.bake.errors import BakeError, Refused
     from scripts.deployment import add_place, held_by
@@ -86,7 +87,7 @@ def list_resources(cloud: Cloud, deployment: str) -> list[Resource]:
             kind,
             each.id,
             each.name,
-            tuple(one.ip for one in held_by(each, addresses)) if kind == "hcloud_server" else (),
+            tuple(given(one.ip) for one in held_by(each, addresses)) if kind == "hcloud_server" else (),
             bool((getattr(each, "protection", None) or {}).get("delete")),
         )
         for kind, collection in _KINDS.items()

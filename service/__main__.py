@@ -208,11 +208,11 @@ def change_keys(settings: Settings, options: argparse.Namespace) -> None:
                 return
             if not keys:
                 _say(f"There are no keys in {settings.keys_file}; make one with: python -m service keys add NAME")
-            for key in keys:
-                limits = ", ".join(f"{name} {value}" for name, value in key.get("limits", {}).items())
+            for one in keys:
+                bounds = ", ".join(f"{name} {value}" for name, value in one.get("limits", {}).items())
                 print(
-                    f"{key['name']:24} {','.join(key['scopes']):24} made {key['created'][:10]}  "
-                    f"expires {key.get('expires', 'never'):25}  {limits or 'no limits'}"
+                    f"{one['name']:24} {','.join(one['scopes']):24} made {one['created'][:10]}  "
+                    f"expires {one.get('expires', 'never'):25}  {bounds or 'no limits'}"
                 )
 
 

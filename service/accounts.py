@@ -48,7 +48,8 @@ class Log:
 
         Messages of unknown errors stay out, because they may quote a prompt.
         """
-        chain, places = error, []
+        chain: BaseException | None = error
+        places: list[str] = []
         while chain is not None:
             last = traceback.extract_tb(chain.__traceback__)[-1:]
             place = f"{last[0].filename}:{last[0].lineno}" if last else "?"

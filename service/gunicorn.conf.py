@@ -1,6 +1,7 @@
 """Owns how gunicorn runs the service: one worker process, many threads, hooks that start and stop the engine."""
 
 import sys
+from typing import Any
 
 from service.errors import SettingsInvalid
 from service.settings import check_folders, read_settings
@@ -44,14 +45,14 @@ limit_request_fields = 64
 limit_request_field_size = 8190
 
 
-def on_starting(server):
+def on_starting(server: Any) -> None:
     """Arguments and GUNICORN_CMD_ARGS come after this file: what the service stands on may not be changed by them."""
     given = server.cfg
     if (given.bind, given.workers, given.worker_class) != ([bind], workers, WebWorker):
         sys.exit("error: bind, workers and worker_class are not for gunicorn's arguments; use LLM_HOST and LLM_PORT")
 
 
-def post_worker_init(worker):
+def post_worker_init(worker: WebWorker) -> None:
     from service.wsgi import runtime
 
     worker.on_stopping = runtime.stop_gently
@@ -59,7 +60,7 @@ def post_worker_init(worker):
     runtime.start()
 
 
-def worker_exit(server, worker):
+def worker_exit(server: object, worker: WebWorker) -> None:
     loaded = sys.modules.get("service.wsgi")
     if loaded is not None:  # otherwise it could not be made, and has said so
         loaded.runtime.stop()

@@ -75,7 +75,7 @@ class Metrics:
     """All metrics of one service, in a registry of their own."""
 
     def __init__(self, engine: EngineProcess, scheduler: Scheduler, price_eur_per_hour: float):
-        disable_created_metrics()
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # the library leaves it without annotations
         self.registry = registry = CollectorRegistry()
         registry.register(_HostCollector(engine, scheduler, price_eur_per_hour))
         self.requests = Counter(

@@ -12,6 +12,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self, TextIO
@@ -67,7 +68,7 @@ class ModelFile:
 class Verified:
     """An open model file with the digest of its content; ``hashed`` is False if a stamp spared that."""
 
-    file: BinaryIO
+    file: BufferedReader
     sha256: str
     size_bytes: int
     hashed: bool
@@ -501,7 +502,7 @@ def open_verified(path: Path, sha256: str | None, stamp_dir: Path) -> Verified:
     return Verified(file, found, before.st_size, hashed)
 
 
-def _open_regular(path: Path) -> BinaryIO:
+def _open_regular(path: Path) -> BufferedReader:
     try:
         # Non-blocking, because opening a FIFO would otherwise wait for a writer for ever.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)

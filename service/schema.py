@@ -237,7 +237,8 @@ def make_request(
     stream: bool,
 ) -> GenerateRequest:
     """The fields that all kinds of requests have in common: sampling, max_tokens, stop."""
-    numbers = {name: parse_number(document, name, one) for name, one in SAMPLING.items()}
+    # Whole where the bounds say so, which is what each field of Sampling wants.
+    numbers: dict[str, Any] = {name: parse_number(document, name, one) for name, one in SAMPLING.items()}
     max_tokens, named = parse_max_tokens(document, max_tokens_names, bounds)
     return GenerateRequest(messages, max_tokens, named, Sampling(**numbers), _stops(document), stream)
 

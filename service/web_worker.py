@@ -35,6 +35,11 @@ _LINGER_S = 0.5
 _KEPT_PAUSE_MS = 2
 _LONGEST_SILENCE_MS = 15_000
 _PROXY_PAUSE_S = 0.05
+# What the application's own headers are refused with: its fault, not the request's.
+_OWN_HEADER_ERRORS = (
+    http_errors.InvalidResponseHeader,  # type: ignore[attr-defined]  # the stubs are of an older gunicorn
+    http_errors.InvalidResponseHeaderName,  # type: ignore[attr-defined]
+)
 
 
 class _Deadlines:
@@ -158,7 +163,7 @@ class WebWorker(ThreadWorker):
         """Answers a request that never became one for the application, as a problem document."""
         request_id = uuid.uuid4().hex
         if isinstance(exc, http_errors.ParseException) and not isinstance(
-            exc, http_errors.InvalidResponseHeader | http_errors.InvalidResponseHeaderName
+            exc, _OWN_HEADER_ERRORS
         ):
             status = {
                 http_errors.LimitRequestLine: 414,

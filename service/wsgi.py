@@ -86,7 +86,7 @@ class Runtime:
                 self._learn_speed()
                 self.generator.note("model")
             self.log.write("engine", phase=state.phase, reason=state.reason, restarts=self.engine.restarts)
-            if state.phase == "ready" and self.settings.announce and not announced:
+            if state.phase == "ready" and description is not None and self.settings.announce and not announced:
                 announced = True
                 print(_announcement(self.settings, description.model), file=sys.stderr, flush=True)
             if state.phase in ("failed", "stopped"):

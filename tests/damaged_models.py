@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from tests import gguf_writer as gguf
 from tests.gguf_writer import (
@@ -110,7 +111,7 @@ def _with_matrix(**changes: object) -> Callable[[Gguf], object]:
     return bend
 
 
-def _with_items(key: str, change: Callable[[list], object]) -> Callable[[Gguf], object]:
+def _with_items(key: str, change: Callable[[list[Any]], object]) -> Callable[[Gguf], object]:
     return lambda model: change(model.get(key).items)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from hcloud.ssh_keys import BoundSSHKey
 
 from scripts.bake import packer
+from scripts.bake.answers import given
 from scripts.bake.checks import Proof, prove
 from scripts.bake.cloud import NO_ROOM, Cloud, describe_code
 from scripts.bake.console import Console, log_to
@@ -426,13 +427,13 @@ def prove_image(
         )
     try:
         with console.phase("checks"):
-            probe = Probe(str(server.public_net.ipv4.ip), facts)
+            probe = Probe(str(given(given(server.public_net).ipv4).ip), facts)
             proof = prove(probe, model, tree, image.version, _CREATE_PATIENCE_S, console.show)
     finally:
         # Whatever it has shown counts; what cannot be removed now is tried once more at the run's end, and by sweep.
         if problems := remove(cloud, Leftovers([server], [key], [])):
             console.say(describe(problems))
-    return proof, f"{server.server_type.name} at {server.location.name}"
+    return proof, f"{given(server.server_type).name} at {given(server.location).name}"
 
 
 def verify(number: int, wishes: Wishes, cloud: Cloud, state: Path, console: Console) -> tuple[Snapshot, Proof, Path]:

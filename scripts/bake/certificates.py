@@ -23,8 +23,8 @@ def sign_own(common_name: str, begin: datetime, end: datetime, names: Iterable[s
         .not_valid_after(end)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
     )
-    if names := [x509.DNSName(each) for each in names]:
-        builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+    if others := [x509.DNSName(each) for each in names]:
+        builder = builder.add_extension(x509.SubjectAlternativeName(others), critical=False)
     secret = key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )

@@ -11,8 +11,9 @@ import os
 import random
 import time
 import tomllib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +29,7 @@ from hcloud.servers import BoundServer
 from hcloud.ssh_keys import BoundSSHKey
 from hcloud.volumes import BoundVolume
 
+from scripts.bake.answers import given
 from scripts.bake.errors import BakeError, CloudFailed, ImageGone, Refused, Unavailable
 from scripts.bake.snapshots import SELECTOR, Snapshot, read_snapshot, with_labels
 
@@ -139,9 +141,9 @@ class Cloud:
                 if (
                     error.code == "uniqueness_error"
                     and found is not None
-                    and (result := self._look(what, found)) is not None
+                    and (made := self._look(what, found)) is not None
                 ):
-                    return result
+                    return made
                 given_s = begin_s + max(LOCKED_PATIENCE_S, self._patience_s) if error.code == "locked" else end_s
                 if error.code not in PASSING or time.monotonic() > given_s:
                     if error.code in {"not_found", "invalid_input", "uniqueness_error", *NO_ROOM}:
@@ -163,8 +165,8 @@ class Cloud:
             told = _log.warning if time.monotonic() - begin_s > _SILENCE_S else _log.info
             told("%s: %s; tried again", what, reason)
             time.sleep(next(pauses_s))
-            if found is not None and (result := self._look(what, found)) is not None:
-                return result
+            if found is not None and (made := self._look(what, found)) is not None:
+                return made
 
     def _ask(self, what: str, call: Callable[[], T], found: Callable[[], T | None] | None = None) -> T:
         """As `attempt`, for calls whose callers tell no refusal apart."""
@@ -189,9 +191,9 @@ class Cloud:
                     )
                 time.sleep(pause_s)
                 pause_s = min(pause_s * 1.3, _LONGEST_LOOK_S)
-                action = self.attempt(what, lambda number=action.id: self.client.actions.get_by_id(number))
+                action = self.attempt(what, partial(self.client.actions.get_by_id, given(action.id)))
             if action.status == BoundAction.STATUS_ERROR:
-                told = action.error or {}
+                told: Mapping[str, object] = action.error or {}
                 raise ActionFailed(f"{what}: {told.get('message')} ({told.get('code')}, action {action.id})")
 
     # What is there.
@@ -211,7 +213,8 @@ class Cloud:
             if error.code != "not_found":
                 raise _describe(f"look at snapshot {number}", error) from error
             return None
-        return read_snapshot(image) if image.type == "snapshot" and image.labels.get("product") == "mini-llm" else None
+        own = image.type == "snapshot" and (image.labels or {}).get("product") == "mini-llm"
+        return read_snapshot(image) if own else None
 
     def servers(self) -> list[BoundServer]:
         """Every server of the project, others' too."""
@@ -316,11 +319,12 @@ class Cloud:
                 return made.server
 
             server = self.attempt(what, create, lambda: self.client.servers.get_by_name(name))
+            number = given(server.id)
             try:
                 self.wait(what, answered, end_s)
                 if not answered:
-                    self._wait_until_running(what, server.id, end_s)
-                return self.attempt(what, lambda number=server.id: self.client.servers.get_by_id(number))
+                    self._wait_until_running(what, number, end_s)
+                return self.attempt(what, partial(self.client.servers.get_by_id, number))
             except (ActionFailed, APIException) as error:
                 if isinstance(error, APIException) and error.code != "not_found":
                     raise

@@ -8,6 +8,7 @@ from typing import Any
 from hcloud.server_types import BoundServerType
 from hcloud.servers import BoundServer
 
+from scripts.bake.answers import given
 from scripts.bake.cloud import Cloud
 from scripts.bake.leftovers import find_leftovers
 from scripts.bake.prices import Price, price_of_type, price_per_gb_month
@@ -47,7 +48,7 @@ def plan_pruning(cloud: Cloud, newest: int, wanted_inputs: Collection[str]) -> P
 
 
 def _running(cloud: Cloud) -> list[int]:
-    return [each.image.id for each in cloud.servers() if each.image is not None]
+    return [given(each.image.id) for each in cloud.servers() if each.image is not None]
 
 
 def prune(cloud: Cloud, plan: Pruning, newest: int, wanted_inputs: Collection[str]) -> list[Snapshot]:
@@ -65,8 +66,9 @@ def prune(cloud: Cloud, plan: Pruning, newest: int, wanted_inputs: Collection[st
 def price_of_server(server: BoundServer, types: Iterable[BoundServerType], period: str) -> Price | None:
     """What a server costs, ``hourly`` or ``monthly``; a type that is not sold any more may have left the list."""
     listed = {each.name: each.prices for each in types}
-    prices = listed.get(server.server_type.name) or server.server_type.prices
-    return price_of_type(prices, server.location.name, period)
+    own = given(server.server_type)
+    prices = listed.get(own.name) or own.prices
+    return price_of_type(prices, given(given(server.location).name), period)
 
 
 def cost(cloud: Cloud, state: Path) -> dict[str, Any]:
@@ -74,7 +76,7 @@ def cost(cloud: Cloud, state: Path) -> dict[str, Any]:
     per_gb = price_per_gb_month(cloud.pricing()).net_eur
     types = cloud.server_types()
     leftovers = find_leftovers(cloud, state)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "id": each.id,
             "what": f"{each.layer} snapshot",
@@ -88,7 +90,7 @@ def cost(cloud: Cloud, state: Path) -> dict[str, Any]:
     rows += [
         {
             "id": each.id,
-            "what": f"server {each.name} ({each.server_type.name})",
+            "what": f"server {each.name} ({given(each.server_type).name})",
             "version": images[each.image.id],
             "size_gb": None,
             "eur_per_month": None if (price := price_of_server(each, types, "monthly")) is None else price.net_eur,

@@ -13,6 +13,7 @@ from pathlib import Path
 from hcloud.servers import BoundServer
 from hcloud.ssh_keys import BoundSSHKey
 
+from scripts.bake.answers import given
 from scripts.bake.cloud import Cloud
 from scripts.bake.errors import BakeError
 from scripts.bake.runs import Run, is_over, run_of_server
@@ -46,7 +47,7 @@ def _run_of(thing: BoundServer | BoundSSHKey) -> str | None:
     labels = thing.labels or {}
     if labels.get("product") == PRODUCT and "run" in labels:
         return str(labels["run"])
-    return run_of_server(thing.name)
+    return run_of_server(given(thing.name))
 
 
 def find_leftovers(cloud: Cloud, state: Path, spared_inputs: Collection[str] = ()) -> Leftovers:
@@ -76,7 +77,12 @@ def remove(cloud: Cloud, leftovers: Leftovers) -> list[str]:
     """Removes them, servers first; a line for each that could not be, for the next sweep comes to it again."""
     problems = []
     end_s = time.time() + _DELETE_PATIENCE_S
-    for thing in (*leftovers.servers, *leftovers.keys, *leftovers.snapshots):
+    things: tuple[BoundServer | BoundSSHKey | Snapshot, ...] = (
+        *leftovers.servers,
+        *leftovers.keys,
+        *leftovers.snapshots,
+    )
+    for thing in things:
         try:
             if isinstance(thing, Snapshot):
                 _remove_snapshot(cloud, thing)

@@ -8,6 +8,7 @@ from typing import Any
 
 from hcloud.server_types import BoundServerType
 
+from scripts.bake.answers import given
 from scripts.bake.errors import Refused
 from scripts.bake.inputs import Tree
 from scripts.bake.prices import price_of_type, price_per_gb_month
@@ -45,7 +46,7 @@ def find_places(
 
     Raises Refused if nothing does, or a name is not one.
     """
-    types = {each.name: each for each in offered if each.architecture == "x86"}
+    types = {given(each.name): each for each in offered if each.architecture == "x86"}
     for name in filter(None, (bake_type, node_type)):
         if name not in types:
             raise Refused(f"there is no server type {name} for x86", f"there are {', '.join(sorted(types))}")
@@ -53,7 +54,7 @@ def find_places(
 
     def places(chosen: Iterable[BoundServerType]) -> list[Place]:
         return [
-            Place(each.name, location, each.disk, *_prices(each, location))
+            Place(given(each.name), location, given(each.disk), *_prices(each, location))
             for each in chosen
             for location in wanted
             if _is_offered(each, location, each.name in (bake_type, node_type))
@@ -61,7 +62,11 @@ def find_places(
 
     memory_gb = tree.model.memory_gb
     by_price = sorted(types.values(), key=lambda each: min((_prices(each, place)[1] for place in wanted), default=0))
-    fitting = [each for each in by_price if each.memory >= memory_gb and each.disk >= tree.model.disk_gb]
+    fitting = [
+        each
+        for each in by_price
+        if given(each.memory) >= memory_gb and given(each.disk) >= tree.model.disk_gb
+    ]
     nodes = [types[node_type]] if node_type else fitting
     probe = places(nodes)[: _BAKES_TRIED * len(wanted)]
     if not probe:
@@ -71,7 +76,7 @@ def find_places(
             "name other locations (--location) or a type (--node-type)",
         )
     smallest_gb = min(place.disk_gb for place in probe)
-    bakes = [types[bake_type]] if bake_type else [each for each in fitting if each.disk <= smallest_gb]
+    bakes = [types[bake_type]] if bake_type else [each for each in fitting if given(each.disk) <= smallest_gb]
     for each in bakes if bake_type else ():
         _check_disk(each, tree, smallest_gb)
     bake = places(bakes)[: _BAKES_TRIED * len(wanted)]
@@ -83,13 +88,14 @@ def find_places(
 
 
 def _check_disk(chosen: BoundServerType, tree: Tree, smallest_gb: int) -> None:
-    if chosen.disk < tree.model.disk_gb:
+    disk_gb = given(chosen.disk)
+    if disk_gb < tree.model.disk_gb:
         raise Refused(
-            f"the disk of {chosen.name} has {chosen.disk} GB, {tree.model.disk_gb} GB are needed", "name a larger type"
+            f"the disk of {chosen.name} has {disk_gb} GB, {tree.model.disk_gb} GB are needed", "name a larger type"
         )
-    if chosen.disk > smallest_gb:
+    if disk_gb > smallest_gb:
         raise Refused(
-            f"an image baked on {chosen.name} ({chosen.disk} GB) does not fit on a node of {smallest_gb} GB",
+            f"an image baked on {chosen.name} ({disk_gb} GB) does not fit on a node of {smallest_gb} GB",
             "bake on a type with a smaller disk (--server-type), or launch a larger one (--node-type)",
         )
 

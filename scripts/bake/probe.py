@@ -75,11 +75,11 @@ class ByAddress(HTTPAdapter):
     """Connects to an address, asks for a name, and verifies another or, for None, none."""
 
     def __init__(self, verified: str | None, asked_for: str):
-        self._names = {"server_hostname": asked_for, "assert_hostname": verified or False}
+        self._names: dict[str, Any] = {"server_hostname": asked_for, "assert_hostname": verified or False}
         super().__init__()
 
-    def init_poolmanager(self, *words: Any, **more: Any) -> None:
-        super().init_poolmanager(*words, **self._names, **more)
+    def init_poolmanager(self, connections: int, maxsize: int, block: bool = False, **more: Any) -> None:
+        super().init_poolmanager(connections, maxsize, block, **self._names, **more)
 
 
 def open_session(name: str, verify: bool | str) -> requests.Session:

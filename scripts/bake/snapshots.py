@@ -6,6 +6,8 @@ from datetime import UTC, datetime
 
 from hcloud.images import BoundImage
 
+from scripts.bake.answers import given
+
 PRODUCT = "mini-llm"
 SELECTOR = f"product={PRODUCT}"
 LAYERS = ("model", "base", "stack", "service")  # from the rarest to change to the most frequent
@@ -71,12 +73,12 @@ def read_snapshot(image: BoundImage) -> Snapshot:
     """What an image of the API says; labels that somebody wrote by hand and that make no sense count as missing."""
     labels = dict(image.labels or {})
     return Snapshot(
-        id=image.id,
+        id=given(image.id),
         layer=labels.get("layer", ""),
         version=labels.get("version", ""),
         description=image.description or "",
-        created=image.created,
-        status=image.status,
+        created=given(image.created),
+        status=given(image.status),
         size_gb=float(image.image_size or 0),
         disk_gb=int(image.disk_size or 0),
         parent=labels.get("parent", ""),

@@ -93,7 +93,8 @@ class Store:
         """A new id, never handed out before."""
         with self.transaction():
             query = "UPDATE counter SET last_id = last_id + 1 RETURNING last_id"
-            return self._connection.execute(query).fetchall()[0][0]
+            last_id: int = self._connection.execute(query).fetchall()[0][0]
+            return last_id
 
     def find(self, kind: str, document_id: int) -> Document | None:
         """The document, or None."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from jinja2 import TemplateError
+from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from service.engine.interface import Message, Role
@@ -46,7 +46,7 @@ class ChatTemplate:
     def __init__(self, source: str | None, bos_token: str, eos_token: str, adds_bos: bool):
         """Raises ModelRefused if the template cannot render a single user message."""
         self._bos_token, self._eos_token, self._adds_bos = bos_token, eos_token, adds_bos
-        self._template = None
+        self._template: Template | None = None
         if source is None:
             return
         # trim_blocks, lstrip_blocks and loop controls are what templates are written for: Hugging Face's
@@ -80,9 +80,9 @@ class ChatTemplate:
             return [Turn("", messages[0].content, "")]
         told_time = told_time or datetime.now()
         roles = [message.role for message in messages]
-        rendered = self._render(roles, "", told_time)
+        rendered = self._render(self._template, roles, "", told_time)
         # A template that trims its texts drops the padding too; then the texts are trimmed here.
-        trims = self._render(roles, " ", told_time) == rendered
+        trims = self._render(self._template, roles, " ", told_time) == rendered
         parts = _PLACEHOLDER.split(rendered)
         marks, places = parts[0::2], [int(index) for index in parts[1::2]]
         missing = set(range(len(messages))) - set(places)
@@ -94,13 +94,13 @@ class ChatTemplate:
         turns[-1] = Turn(turns[-1].prefix, turns[-1].text, marks[-1])
         return turns
 
-    def _render(self, roles: list[Role], padding: str, told_time: datetime) -> str:
+    def _render(self, template: Template, roles: list[Role], padding: str, told_time: datetime) -> str:
         messages = [
             {"role": role, "content": f"{padding}{_OPEN}{index}{_CLOSE}{padding}"}
             for index, role in enumerate(roles)
         ]
         try:
-            rendered = self._template.render(
+            rendered = template.render(
                 messages=messages,
                 add_generation_prompt=True,
                 bos_token=self._bos_token,

@@ -299,7 +299,8 @@ class _Cursor:
         start = self.position
         self.position = start + count * SCALARS[item_type].size
         self.require(self.position, what)
-        return memoryview(self.buffer)[start : self.position].cast(SCALARS[item_type].format[-1])
+        letter: Any = SCALARS[item_type].format[-1]  # one of those that cast() takes: the table holds no others
+        return memoryview(self.buffer)[start : self.position].cast(letter)
 
 
 def _decode(text: bytes, what: str) -> str:
@@ -411,7 +412,8 @@ def _number(metadata: dict[str, _Value], key: str, low: int, high: int, default:
     for number in numbers:
         if not low <= number <= high:
             _refuse(f"{key} is {number}; between {low} and {high} is accepted")
-    return max(numbers)
+    largest: int = max(numbers)
+    return largest
 
 
 def _positive(metadata: dict[str, _Value], key: str, required: bool = False) -> None:
@@ -462,10 +464,10 @@ def _read_shapes(metadata: dict[str, _Value], architecture: str, vocabulary: int
     feed_forward = _number(metadata, prefix + "feed_forward_length", 1, MAX_FEED_FORWARD_LENGTH)
     heads = _number(metadata, prefix + "attention.head_count", 1, MAX_HEADS)
     heads_kv = _number(metadata, prefix + "attention.head_count_kv", 1, heads, default=heads)
-    for key in PER_BLOCK_KEYS:
-        value = metadata.get(prefix + key)
-        if value is not None and value.type == ARRAY and len(value.data) != blocks:
-            _refuse(f"{prefix}{key} has {len(value.data)} items for {blocks} blocks")
+    for name in PER_BLOCK_KEYS:
+        items = metadata.get(prefix + name)
+        if items is not None and items.type == ARRAY and len(items.data) != blocks:
+            _refuse(f"{prefix}{name} has {len(items.data)} items for {blocks} blocks")
     if architecture not in FREE_HEAD_LENGTH and heads % heads_kv:
         _refuse(f"{heads} heads cannot share {heads_kv} key-value heads evenly")
     key = _number(

@@ -172,7 +172,7 @@ def _loaded_llama_library() -> str:
     raise ModelRefused("gpt4all did not load its CPU library")
 
 
-class _Model(LLModel):
+class _Model(LLModel):  # type: ignore[misc]  # gpt4all has no types, so its classes are Any
     """LLModel with raw callbacks: bytes of a token instead of half-decoded text, and a prefill that can be stopped."""
 
     on_prefill_token: Callable[[int], bool] = staticmethod(lambda token: True)

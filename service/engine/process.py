@@ -181,7 +181,7 @@ class EngineProcess:
             return True
         with self._changed:
             self._changed.wait_for(lambda: self._state.phase in ("ready", "failed", "stopped"), timeout_s)
-            return self._state.phase == "ready"
+            return self.state.phase == "ready"
 
     def wait_change(self, last: EngineState | None) -> EngineState:
         """Waits until the state is not ``last`` any more, and returns it."""
@@ -356,8 +356,9 @@ class EngineProcess:
             life.free_slots.put(line)
         self._description = description
         # A later start serves the same file with the same room, or not at all.
-        pinned = {"sha256": description.sha256, "context_length": description.context_length}
-        self._settings = replace(self._settings, **pinned)
+        self._settings = replace(
+            self._settings, sha256=description.sha256, context_length=description.context_length
+        )
 
     @staticmethod
     def _end_loading(life: _Life) -> None:

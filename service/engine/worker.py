@@ -71,7 +71,8 @@ def load_engine(settings: dict[str, Any], show_phase: Callable[[str], None]) -> 
         context_length=context_length,
         threads=settings["threads"] or host.threads_here(),
     )
-    return importlib.import_module(settings["adapter"]).load(spec)
+    engine: Engine = importlib.import_module(settings["adapter"]).load(spec)
+    return engine
 
 
 class Worker:

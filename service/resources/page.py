@@ -61,7 +61,7 @@ class PageResource:
     on_head = on_get
 
 
-def add_page(app: falcon.App) -> None:
+def add_page(app: falcon.App[falcon.Request, falcon.Response]) -> None:
     """Adds the page's routes."""
     for path, (file, media_type) in FILES.items():
         app.add_route(path, PageResource(file, media_type))

@@ -328,7 +328,8 @@ def compute_logits(preset: Preset, parameters: Mapping[str, jax.Array], ids: jax
 def _make_rotations(length: int, head_width: int) -> tuple[jax.Array, jax.Array]:
     frequencies = ROPE_BASE ** (-np.arange(0, head_width, 2) / head_width)
     angles = np.arange(length)[:, None] * frequencies
-    return (jnp.asarray(f(angles)[:, None, :], jnp.float32) for f in (np.cos, np.sin))
+    cosine, sine = (jnp.asarray(f(angles)[:, None, :], jnp.float32) for f in (np.cos, np.sin))
+    return cosine, sine
 
 
 def _rotate(values: jax.Array, cosine: jax.Array, sine: jax.Array) -> jax.Array:
@@ -357,10 +358,13 @@ def train(preset: Preset, text: Text, steps: int, minutes: float | None, seed: i
     def compute_loss(parameters: Parameters, ids: jax.Array, weights: jax.Array) -> jax.Array:
         logits = compute_logits(preset, parameters, ids[:, :-1])
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:])
-        return (losses * weights[:, 1:]).sum() / weights[:, 1:].sum()
+        mean: jax.Array = (losses * weights[:, 1:]).sum() / weights[:, 1:].sum()
+        return mean
 
     @jax.jit
-    def make_step(parameters, state, ids, weights, rate):
+    def make_step(
+        parameters: Parameters, state: optax.OptState, ids: jax.Array, weights: jax.Array, rate: float
+    ) -> tuple[Parameters, optax.OptState, jax.Array]:
         loss, gradients = jax.value_and_grad(compute_loss)(parameters, ids, weights)
         updates, state = optimizer.update(gradients, state, parameters)
         return jax.tree.map(lambda p, u: p - rate * u, parameters, updates), state, loss

@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from scripts.bake.answers import given
 from tests.bake.harness import Bench, Done, Running, commit, running_bench
 
 SEED = 7
@@ -414,7 +415,7 @@ def _race_each_other(with_rollback: bool, bench: Bench) -> list[str]:
         done = build(bench, "--promote").finish()
         if done.code:
             return [f"a bake ended with {done.code}:\n{_last(done)}"]
-    first, second = sorted(one.id for one in bench.verified())
+    first, second = sorted(given(one.id) for one in bench.verified())
     threads, over = [], threading.Event()
     for verbs in (
         [["promote", str(first)], ["promote", str(second)]],

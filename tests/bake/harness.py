@@ -236,8 +236,10 @@ class Bench:
         client = self.cloud.client()
         for server in client.servers.get_all():
             _insist(lambda server=server: server.delete().wait_until_finished())
-        for other in (*client.ssh_keys.get_all(), *client.images.get_all(type="snapshot")):
-            _insist(other.delete)
+        for key in client.ssh_keys.get_all():
+            _insist(key.delete)
+        for image in client.images.get_all(type="snapshot"):
+            _insist(image.delete)
         shutil.rmtree(self.state, ignore_errors=True)
         self.state.mkdir()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hcloud.images import Image
 from hcloud.server_types import ServerType
+from hcloud.servers import BoundServer
 
 from tests.local_cloud.harness import make_key, running_cloud, ssh, wait_until_off
 
@@ -22,7 +23,7 @@ def main() -> int:
         client, key = cloud.client(), make_key(Path(folder))
         known = client.ssh_keys.create("bench", key.with_suffix(".pub").read_text())
 
-        def boot(image: Image) -> tuple[float, object]:
+        def boot(image: Image) -> tuple[float, BoundServer]:
             begun_s = time.monotonic()
             made = client.servers.create("bench", SMALL, image, ssh_keys=[known])
             ssh(key, made.server.public_net.ipv4.ip, "true")

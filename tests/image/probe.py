@@ -32,15 +32,15 @@ def call(result: int) -> None:
         raise Refused(errno.errorcode[ctypes.get_errno()])
 
 
-def write(path: str) -> Callable[[], None]:
+def write(path: str) -> Callable[[], object]:
     return lambda: Path(path).write_text("x")
 
 
-def read(path: str) -> Callable[[], None]:
-    return lambda: Path(path).open("rb").read(1) and None
+def read(path: str) -> Callable[[], object]:
+    return lambda: Path(path).open("rb").read(1)
 
 
-def open_socket(family: int, kind: int = socket.SOCK_STREAM, protocol: int = 0) -> Callable[[], None]:
+def open_socket(family: int, kind: int = socket.SOCK_STREAM, protocol: int = 0) -> Callable[[], object]:
     return lambda: socket.socket(family, kind, protocol).close()
 
 
@@ -56,7 +56,7 @@ def see_network() -> None:
         raise Refused("there is no network")
 
 
-def run_from(folder: str) -> Callable[[], None]:
+def run_from(folder: str) -> Callable[[], object]:
     def attempt() -> None:
         with tempfile.TemporaryDirectory(dir=folder) as made:
             program = Path(made) / "program"
@@ -80,7 +80,7 @@ def write_code() -> None:
     mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC).close()
 
 
-ATTEMPTS: dict[str, Callable[[], None]] = {
+ATTEMPTS: dict[str, Callable[[], object]] = {
     "write to /etc": write("/etc/mini-llm/x"),
     "write to /usr": write("/usr/x"),
     "write to the service": write("/opt/mini-llm/service/x"),
@@ -126,7 +126,7 @@ ATTEMPTS: dict[str, Callable[[], None]] = {
 }
 
 
-def attempt(what: Callable[[], None]) -> str:
+def attempt(what: Callable[[], object]) -> str:
     """Tries in a child, for some attempts may end it."""
     reader, writer = os.pipe()
     child = os.fork()

@@ -98,7 +98,7 @@ def make_certificate(folder: Path, *names: str, days: int = 30) -> tuple[Path, P
     chain, key = folder / "chain.pem", folder / "key.pem"
     words = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
     words += ["-days", f"{days}", "-subj", "/CN=test"]
-    words += ["-addext", f"subjectAltName={','.join(names)}", "-keyout", key, "-out", chain]
+    words += ["-addext", f"subjectAltName={','.join(names)}", "-keyout", f"{key}", "-out", f"{chain}"]
     subprocess.run(words, check=True, capture_output=True)
     return chain, key
 

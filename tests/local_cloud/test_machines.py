@@ -350,7 +350,8 @@ def test_a_host_without_copy_on_write_has_plain_copies(
         raise HostUnfit("mkfs.btrfs not found; install it: …")
 
     monkeypatch.setattr("scripts.local_cloud.machines.pool.check_pool_tools", missing)
-    state, said = tmp_path / "state", []
+    state = tmp_path / "state"
+    said: list[str] = []
     machines = LocalMachines(state, address_range="198.19.78.32/28", log=said.append)
     try:
         machines.prepare()

@@ -1,6 +1,7 @@
 """Owns the checks that schemathesis does not bring: refusals of valid requests that no JSON Schema can foretell."""
 
 import json
+from typing import Any
 
 import schemathesis
 
@@ -15,7 +16,7 @@ _TOO_LATE = (
 
 @schemathesis.check
 def valid_request_is_refused_for_its_length_alone(
-    ctx: schemathesis.CheckContext, response: schemathesis.Response, case: schemathesis.Case
+    ctx: schemathesis.CheckContext, response: schemathesis.Response, case: schemathesis.Case[Any]
 ) -> None:
     """A 400 to a request that keeps to the document says that the context is too small for it, and nothing else."""
     valid = case.meta is not None and case.meta.generation.mode.is_positive
@@ -25,7 +26,7 @@ def valid_request_is_refused_for_its_length_alone(
 
 @schemathesis.check
 def idle_service_is_available(
-    ctx: schemathesis.CheckContext, response: schemathesis.Response, case: schemathesis.Case
+    ctx: schemathesis.CheckContext, response: schemathesis.Response, case: schemathesis.Case[Any]
 ) -> None:
     """A service with nothing else to do says 503 to a deadline that it cannot keep, and to nothing else."""
     if response.status_code == 503:

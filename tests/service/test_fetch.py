@@ -117,7 +117,8 @@ def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
 
 def get(entry: Entry, cache: Path) -> tuple[str, list[float]]:
     """Fetch without waiting between tries; return what was shown, and the waits that were asked for."""
-    shown, waits = io.StringIO(), []
+    shown = io.StringIO()
+    waits: list[float] = []
     path = fetch(entry, cache, shown, pause=waits.append)
     assert path == cache / entry.file
     assert hashlib.sha256(path.read_bytes()).hexdigest() == hashlib.sha256(CONTENT).hexdigest()

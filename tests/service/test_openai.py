@@ -1,6 +1,7 @@
 """OpenAI's own Python client against the real service: it works unchanged, and what cannot be honoured is an error."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import openai
 import pytest
@@ -163,7 +164,7 @@ def test_failures_on_the_way() -> None:
     with running_service(engine_adapter=FAKE) as service, connect(service) as client:
         model = next(iter(client.models.list())).id
 
-        def ask(prompt: str, **fields: object) -> object:
+        def ask(prompt: str, **fields: object) -> Any:
             return client.chat.completions.create(
                 model=model, messages=[{"role": "user", "content": prompt}], **fields
             )

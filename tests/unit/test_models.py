@@ -336,7 +336,7 @@ def test_file_that_changes_while_it_is_hashed_is_refused(
     real = hashlib.file_digest
 
     def digest_slowly(file: object, kind: str) -> object:
-        digest = real(file, kind)  # type: ignore[arg-type]
+        digest = real(file, kind)
         _append_byte(model)
         return digest
 
@@ -386,4 +386,4 @@ def test_nothing_stays_open_after_a_refusal(model: Path, stamps: Path) -> None:
 def test_entry_of_the_catalogue_is_typed() -> None:
     """An unknown field in the catalogue is a mistake, not silently ignored."""
     with pytest.raises(TypeError):
-        Entry(name="a", file="a", url="https://a", size_bytes=1, ram_gb=1, sha265="typo")  # type: ignore[call-arg]
+        Entry(name="a", file="a", url="https://a", size_bytes=1, ram_gb=1, sha265="typo")  # type: ignore[call-arg]  # on purpose

@@ -165,7 +165,8 @@ def test_prompts_that_are_none(prompt: Any, error: type[ServiceError]) -> None:
 
 def test_empty_answer_can_be_sent_back() -> None:
     """An answer that ended before its first word is a turn like any other, as text or as null."""
-    for content in ("", None, []):
+    contents: tuple[object, ...] = ("", None, [])
+    for content in contents:
         messages = chat([*HELLO, {"role": "assistant", "content": content}, *HELLO]).generate.messages
         assert messages[1] == Message("assistant", "")
     with pytest.raises(FieldOutOfBounds):

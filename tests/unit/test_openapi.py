@@ -116,7 +116,7 @@ def test_every_route_and_method_is_told_and_no_other() -> None:
     engine, scheduler = LocalEngine(FakeEngine()), Scheduler(1)
     metrics, limiter = Metrics(engine, scheduler, 0.0), Limiter(SETTINGS.address_limits, MemoryStorage())
     generator = Generator(engine, scheduler, limiter, metrics, SETTINGS)
-    app = create_app(generator, Access(None), FakeAudit(), Log(io.StringIO()))
+    app: Any = create_app(generator, Access(None), FakeAudit(), Log(io.StringIO()))
     routes = {
         (re.sub(r":\w+}", "}", route.path), method.method.lower())
         for route in falcon.inspect.inspect_routes(app._application)

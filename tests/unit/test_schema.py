@@ -11,13 +11,13 @@ from service.errors import (
     FieldUnsupported,
     RequestMalformed,
 )
-from service.schema import TokenBounds, parse_deadline, parse_generate, parse_json
+from service.schema import GenerateRequest, TokenBounds, parse_deadline, parse_generate, parse_json
 
 LIMIT = 10_000
 BOUNDS = TokenBounds(256, 4096)
 
 
-def parse(**fields: object) -> object:
+def parse(**fields: object) -> GenerateRequest:
     return parse_generate(parse_json(json.dumps(fields).encode(), LIMIT), BOUNDS)
 
 

@@ -33,7 +33,7 @@ class _Absent:
     on_put_member = on_delete_member = on_get_member
 
 
-def add_routes(app: falcon.App, prefix: str) -> None:
+def add_routes(app: falcon.App[falcon.Request, falcon.Response], prefix: str) -> None:
     """Adds the routes of all of them."""
     for key, name in _ABSENT.items():
         resource = _Absent(key, name)

@@ -87,7 +87,7 @@ class _ZoneActions(_ResourceActions):
         self.on_get_own_member(req, resp, self._find_id(id_or_name), action_id)
 
 
-def add_routes(app: falcon.App, prefix: str, project: Project) -> None:
+def add_routes(app: falcon.App[falcon.Request, falcon.Response], prefix: str, project: Project) -> None:
     """Adds GET /actions and the paths below each kind of resource that has actions."""
     everything = _AllActions(project)
     app.add_route(f"{prefix}/actions", everything)

@@ -48,8 +48,8 @@ class Step:
 
     command: str
     resources: tuple[Resource, ...]
-    work: Callable[[], None]
-    undo: Callable[[], None] = _do_nothing
+    work: Callable[[], object]
+    undo: Callable[[], object] = _do_nothing
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Actions:
                     raise Locked(f"{kind} with ID {resource_id} is locked: another action is running")
             begun, documents = [], []
             for step in steps:
-                document = {
+                document: Document = {
                     "id": self._store.next_id(),
                     "command": step.command,
                     "status": "running",

@@ -67,7 +67,7 @@ class Fields:
 
     def text(self, name: str, required: bool = False) -> str | None:
         """A string of whole characters: JSON can hold halves of them, which nothing could write."""
-        value = self._read(name, str, "a string", required)
+        value: str | None = self._read(name, str, "a string", required)
         if value is not None and any("\ud800" <= character <= "\udfff" for character in value):
             self.blame(name, "must be valid Unicode")
             return None
@@ -102,7 +102,7 @@ class Fields:
 
     def number(self, name: str, required: bool = False) -> int | None:
         """An id."""
-        value = self._read(name, int, "an integer", required)
+        value: int | None = self._read(name, int, "an integer", required)
         if value is not None and not 0 < value <= _LARGEST_ID:
             self.blame(name, "must be an id")
             return None
@@ -110,7 +110,7 @@ class Fields:
 
     def integer(self, name: str, lowest: int, highest: int, required: bool = False) -> int | None:
         """A whole number from ``lowest`` to ``highest``."""
-        value = self._read(name, int, "an integer", required)
+        value: int | None = self._read(name, int, "an integer", required)
         if value is not None and not lowest <= value <= highest:
             self.blame(name, f"must be from {lowest} to {highest}")
             return None
@@ -147,7 +147,7 @@ class Fields:
 
     def labels(self, name: str = "labels") -> dict[str, str] | None:
         """Labels that keep the rules; None if none were sent."""
-        value = self._read(name, dict, "an object", False)
+        value: dict[str, str] | None = self._read(name, dict, "an object", False)
         if value is None:
             return None
         for problem in label_rules.find_problems(value):

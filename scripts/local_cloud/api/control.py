@@ -59,7 +59,7 @@ class _Network:
         self.on_get(req, resp)
 
 
-def add_routes(app: falcon.App, faults: Faults, life: Life) -> None:
+def add_routes(app: falcon.App[falcon.Request, falcon.Response], faults: Faults, life: Life) -> None:
     """Adds ``/_local/faults`` (GET, PUT, DELETE), ``/_local/network`` (GET, PUT) and ``/_local/calls`` (GET)."""
     app.add_route(f"{PREFIX}/network", _Network(life))
     app.add_route(f"{PREFIX}/faults", _Plan(faults))

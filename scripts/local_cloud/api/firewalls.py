@@ -163,7 +163,7 @@ class Firewalls:
         rules, targets = firewall_rules.read_rules(fields), _read_targets(fields, "apply_to")
         fields.check()
         with self._store.transaction():
-            record = {
+            record: Document = {
                 "name": name,
                 "labels": labels,
                 "rules": rules,
@@ -321,7 +321,7 @@ class Firewalls:
         return targets
 
 
-def add_routes(app: falcon.App, prefix: str, project: Project) -> None:
+def add_routes(app: falcon.App[falcon.Request, falcon.Response], prefix: str, project: Project) -> None:
     """Adds the routes."""
     resource, root = Firewalls(project), f"{prefix}/firewalls"
     app.add_route(root, resource)

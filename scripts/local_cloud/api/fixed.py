@@ -52,12 +52,12 @@ class _GoneDatacenters:
         raise Gone("the data centers were removed from the API: use locations", _DATACENTERS_REMOVED)
 
 
-def _add_list(app: falcon.App, prefix: str, name: str, resource: _FixedList) -> None:
+def _add_list(app: falcon.App[falcon.Request, falcon.Response], prefix: str, name: str, resource: _FixedList) -> None:
     app.add_route(f"{prefix}/{name}", resource)
     app.add_route(f"{prefix}/{name}/{{member_id:int}}", resource, suffix="member")
 
 
-def add_routes(app: falcon.App, prefix: str, project: Project) -> None:
+def add_routes(app: falcon.App[falcon.Request, falcon.Response], prefix: str, project: Project) -> None:
     """Adds the routes of all of them."""
     catalogue = project.catalogue
     locations = [each.render() for each in catalogue.locations]

@@ -105,6 +105,7 @@ class FloatingIps:
             if server_id is not None and server is None:
                 fields.blame("server", "server not found")
                 fields.check()
+            assert kind is not None  # check() has raised without
             others = self._store.read_all("floating_ip")
             if len(others) >= self._project.limits.floating_ips:
                 raise LimitExceeded("floating_ip_limit")
@@ -156,7 +157,7 @@ class FloatingIps:
             self._store.delete("floating_ip", resource_id)
         resp.status = falcon.HTTP_204
 
-    def _assign(self, resource_id: int, server_id: int, undo: Callable[[], None]) -> Document:
+    def _assign(self, resource_id: int, server_id: int, undo: Callable[[], object]) -> Document:
         """Begins to lead the address to a server, away from any other."""
         address, server = ("floating_ip", resource_id), ("server", server_id)
         work = partial(self._project.life.route, resource_id, server_id)
@@ -223,7 +224,7 @@ class FloatingIps:
             self._begin_change(resp, "change_protection", resource_id, protection=protection)
 
 
-def add_routes(app: falcon.App, prefix: str, project: Project) -> None:
+def add_routes(app: falcon.App[falcon.Request, falcon.Response], prefix: str, project: Project) -> None:
     """Adds the routes."""
     resource, root = FloatingIps(project), f"{prefix}/floating_ips"
     app.add_route(root, resource)

@@ -38,7 +38,8 @@ class _Server(ThreadingMixIn, WSGIServer):
     def server_bind(self) -> None:
         # The base class looks the host's name up, which can take long and is of no use here.
         super(WSGIServer, self).server_bind()
-        self.server_name, self.server_port = self.server_address[:2]
+        name, self.server_port = self.server_address[:2]
+        self.server_name = str(name)
         self.setup_environ()
 
     def handle_error(self, request: Any, client_address: Any) -> None:

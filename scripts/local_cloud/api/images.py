@@ -48,7 +48,8 @@ def find_image(project: Project, reference: str) -> Document | None:
 
 def name_for_machines(image: Document) -> int | str:
     """What the machines know an image by."""
-    return image["name"] if image["type"] == "system" else image["id"]
+    known: int | str = image["name"] if image["type"] == "system" else image["id"]
+    return known
 
 
 def check_image(fields: Fields, image: Document | None, disk_gb: int | None) -> None:
@@ -171,7 +172,7 @@ class Images:
         resp.media = {"action": action}
 
 
-def add_routes(app: falcon.App, prefix: str, project: Project) -> None:
+def add_routes(app: falcon.App[falcon.Request, falcon.Response], prefix: str, project: Project) -> None:
     """Adds the routes."""
     resource = Images(project)
     app.add_route(f"{prefix}/images", resource)

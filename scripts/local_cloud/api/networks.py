@@ -182,7 +182,7 @@ class Networks:
         fields = read_fields(req)
         name, labels, ip_range = fields.name(required=True), fields.labels() or {}, _read_range(fields)
         _refuse_vswitch(fields)
-        record = {"ip_range": str(ip_range), "subnets": [], "routes": []}
+        record: Document = {"ip_range": str(ip_range), "subnets": [], "routes": []}
         if ip_range is not None:
             _read_each(fields, "subnets", lambda inner: _add_subnet(inner, record))
             _read_each(fields, "routes", lambda inner: _add_route(inner, record))
@@ -300,7 +300,7 @@ class _NetworkAction:
         self._networks.change(resp, read_fields(req), resource_id, self._command, self._read)
 
 
-def add_routes(app: falcon.App, prefix: str, project: Project) -> None:
+def add_routes(app: falcon.App[falcon.Request, falcon.Response], prefix: str, project: Project) -> None:
     """Adds the routes."""
     resource, root = Networks(project), f"{prefix}/networks"
     app.add_route(root, resource)

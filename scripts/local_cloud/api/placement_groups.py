@@ -57,7 +57,7 @@ class PlacementGroups:
         labels = fields.labels() or {}
         fields.check()
         with self._store.transaction():
-            record = {"name": name, "labels": labels, "type": kind, "created": render_now()}
+            record: Document = {"name": name, "labels": labels, "type": kind, "created": render_now()}
             others = self._store.read_all("placement_group")
             self._project.require_unique(others, record, "name", _NAME_USED)
             if len(others) >= self._project.limits.placement_groups:
@@ -91,7 +91,7 @@ class PlacementGroups:
         resp.status = falcon.HTTP_204
 
 
-def add_routes(app: falcon.App, prefix: str, project: Project) -> None:
+def add_routes(app: falcon.App[falcon.Request, falcon.Response], prefix: str, project: Project) -> None:
     """Adds the routes."""
     resource, root = PlacementGroups(project), f"{prefix}/placement_groups"
     app.add_route(root, resource)

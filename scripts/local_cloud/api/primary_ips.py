@@ -143,7 +143,9 @@ class PrimaryIps:
             elif location is None:
                 fields.blame("location", "must be given unless the primary IP is assigned")
             fields.check()
+            assert kind is not None  # check() has raised without
             place = server["location"] if server else location
+            assert place is not None  # nor without one of both
             record = make_primary_ip(
                 self._project, kind, place, name=name, auto_delete=bool(auto_delete), labels=labels
             )
@@ -203,6 +205,7 @@ class PrimaryIps:
             if server is None:
                 fields.blame("assignee_id", "server not found")
                 fields.check()
+            assert server is not None  # check() has raised without
             if record["assignee_id"] is not None:
                 raise StateRefused("primary_ip_already_assigned", "primary ip already assigned to another server")
             require_assignable(record, record["type"], server["location"])
@@ -243,7 +246,7 @@ class PrimaryIps:
         resp.media = {"action": action}
 
 
-def add_routes(app: falcon.App, prefix: str, project: Project) -> None:
+def add_routes(app: falcon.App[falcon.Request, falcon.Response], prefix: str, project: Project) -> None:
     """Adds the routes."""
     resource, root = PrimaryIps(project), f"{prefix}/primary_ips"
     app.add_route(root, resource)

@@ -235,7 +235,7 @@ class _Change:
         resp.media = {"action": action}
 
 
-def add_routes(app: falcon.App, prefix: str, project: Project) -> None:
+def add_routes(app: falcon.App[falcon.Request, falcon.Response], prefix: str, project: Project) -> None:
     """Adds the routes."""
     resource, root = RecordSets(project), f"{prefix}/zones/{{id_or_name}}/rrsets"
     member = f"{root}/{{rr_name}}/{{rr_type}}"

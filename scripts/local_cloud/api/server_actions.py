@@ -85,6 +85,7 @@ def _rebuild(project: Project, fields: Fields, server: Document) -> Document:
     if reference is not None:
         check_image(fields, image, server["primary_disk_size"])
     fields.check()
+    assert image is not None  # check() has raised without
     if server["protection"]["rebuild"]:
         raise Protected(f"server with ID {server['id']} is protected against a rebuild")
     password = None if server["public_keys"] else make_password()
@@ -190,6 +191,7 @@ def _attach_to_network(project: Project, fields: Fields, server: Document) -> Do
     if network and ip_range is not None and ip_range not in known:
         fields.blame("ip_range", "must be the range of one of the network's subnets")
     fields.check()
+    assert network is not None  # check() has raised without
     require_idle(project, network["id"])
     project.actions.require_free(("server", server["id"]))
     zone, store = _zone_of(project, server), project.store
@@ -203,6 +205,7 @@ def _find_attachment(project: Project, fields: Fields, server: Document) -> tupl
     """The network that a request names, and the server's attachment to it."""
     network = _read_network(project, fields)
     fields.check()
+    assert network is not None  # check() has raised without
     found = attachments.find_attachment(project.store, server["id"], network["id"])
     if found is None:
         raise StateRefused("service_error", f"server with ID {server['id']} is not attached to the network")
@@ -266,7 +269,7 @@ class _ServerAction:
         resp.status = falcon.HTTP_201
 
 
-def add_routes(app: falcon.App, prefix: str, project: Project) -> None:
+def add_routes(app: falcon.App[falcon.Request, falcon.Response], prefix: str, project: Project) -> None:
     """Adds the routes."""
     for name, respond in _RESPONDERS.items():
         app.add_route(f"{prefix}/servers/{{resource_id:int}}/actions/{name}", _ServerAction(project, respond))

@@ -155,6 +155,10 @@ class Servers:
             if not wanted and not networks:
                 fields.blame("public_net", "a server without a public address needs a network")
             fields.check()
+            # check() has raised without one of them
+            assert server_type is not None
+            assert location is not None
+            assert image is not None
             if group_id is not None:
                 require_room_in_group(self._project, group_id)
             record = {
@@ -320,7 +324,7 @@ class Servers:
             self._store.change("primary_ip", chosen, assignee_id=record["id"])
 
 
-def add_routes(app: falcon.App, prefix: str, project: Project) -> None:
+def add_routes(app: falcon.App[falcon.Request, falcon.Response], prefix: str, project: Project) -> None:
     """Adds the routes."""
     resource = Servers(project)
     app.add_route(f"{prefix}/servers", resource)

@@ -58,7 +58,7 @@ class SshKeys:
             fields.blame("public_key", "must be a public key in OpenSSH format")
         fields.check()
         with self._store.transaction():
-            key = {"name": name, "fingerprint": fingerprint, "public_key": public_key, "labels": labels}
+            key: Document = {"name": name, "fingerprint": fingerprint, "public_key": public_key, "labels": labels}
             others = self._store.read_all("ssh_key")
             same = "SSH key with the same fingerprint already exists"
             self._project.require_unique(others, key, "fingerprint", same)
@@ -89,7 +89,7 @@ class SshKeys:
         resp.status = falcon.HTTP_204
 
 
-def add_routes(app: falcon.App, prefix: str, project: Project) -> None:
+def add_routes(app: falcon.App[falcon.Request, falcon.Response], prefix: str, project: Project) -> None:
     """Adds the routes."""
     resource = SshKeys(project)
     app.add_route(f"{prefix}/ssh_keys", resource)

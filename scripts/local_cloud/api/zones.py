@@ -121,7 +121,8 @@ def _read_sets(fields: Fields, zone_name: str, limit: int) -> list[Document]:
         made["rrsets"].append(record_set)
         for problem in inner.list_problems():
             fields.blame("rrsets", f"rrset {number}: {problem}")
-    return made["rrsets"]
+    record_sets: list[Document] = made["rrsets"]
+    return record_sets
 
 
 class Zones:
@@ -155,7 +156,8 @@ class Zones:
             others = self._store.read_all("zone")
             if len(others) >= self._project.limits.zones:
                 raise LimitExceeded("zone_limit")
-            zone = {"name": name, "ttl": ttl or _DEFAULT_TTL_S, "labels": labels, "protection": {"delete": False}}
+            zone: Document = {"name": name, "ttl": ttl or _DEFAULT_TTL_S, "labels": labels}
+            zone["protection"] = {"delete": False}
             self._project.require_unique(others, zone, "name", _NAME_USED)
             if any(name.endswith(f".{each['name']}") or each["name"].endswith(f".{name}") for each in others):
                 fields.blame("name", "subdomains are not supported: there is a zone above or below it")
@@ -225,7 +227,7 @@ class Zones:
         raise Unsupported("this local cloud does not write zone files yet")
 
 
-def add_routes(app: falcon.App, prefix: str, project: Project) -> None:
+def add_routes(app: falcon.App[falcon.Request, falcon.Response], prefix: str, project: Project) -> None:
     """Adds the routes."""
     resource, member = Zones(project), f"{prefix}/zones/{{id_or_name}}"
     app.add_route(f"{prefix}/zones", resource)

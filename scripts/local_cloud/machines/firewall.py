@@ -73,10 +73,10 @@ def _lines(rule: FirewallRule) -> Iterator[str]:
     networks = [ip_network(network, strict=False) for network in rule.networks]
     side = _ADDRESS[rule.direction]
     # Networks of one rule may overlap, which a set in the kernel must not.
-    for network in collapse_addresses(network for network in networks if isinstance(network, IPv4Network)):
-        yield f"ip {side} {network} {_protocol(rule, rule.protocol)} accept"
-    for network in collapse_addresses(network for network in networks if isinstance(network, IPv6Network)):
-        yield f"ip6 {side} {network} {_protocol(rule, 'icmpv6' if rule.protocol == 'icmp' else rule.protocol)} accept"
+    for ipv4 in collapse_addresses(network for network in networks if isinstance(network, IPv4Network)):
+        yield f"ip {side} {ipv4} {_protocol(rule, rule.protocol)} accept"
+    for ipv6 in collapse_addresses(network for network in networks if isinstance(network, IPv6Network)):
+        yield f"ip6 {side} {ipv6} {_protocol(rule, 'icmpv6' if rule.protocol == 'icmp' else rule.protocol)} accept"
 
 
 def _protocol(rule: FirewallRule, name: str) -> str:

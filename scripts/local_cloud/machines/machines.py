@@ -5,6 +5,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -278,7 +279,7 @@ class LocalMachines:
         self._closing.set()
         failures: list[MachineFailed] = []
         for server_id in self._containers.all_running():
-            _collect(failures, lambda server_id=server_id: self._containers.pull_plug(server_id))
+            _collect(failures, partial(self._containers.pull_plug, server_id))
         if self._watcher is not None:
             self._watcher.join()
             self._watcher = None

@@ -61,7 +61,7 @@ def load(zone: Zone) -> LoadedZone:
         soa = nodes[origin][dns.rdatatype.SOA]
     except (dns.exception.DNSException, ValueError, KeyError) as error:
         raise MachineFailed(f"the zone {zone.name} cannot be served: {error}") from error
-    negative = soa.copy()
+    negative = soa.copy()  # type: ignore[no-untyped-call]  # dnspython leaves it without annotations
     negative.ttl = min(soa.ttl, soa[0].minimum)
     return LoadedZone(origin, nodes, soa, negative)
 
@@ -122,7 +122,8 @@ def _tell(
     if not found:
         message.authority.append(zone.negative)
     elif kind not in (found[0].rdtype, dns.rdatatype.ANY):
-        return found[0][0].target
+        target: dns.name.Name = found[0][0].target
+        return target
     return None
 
 

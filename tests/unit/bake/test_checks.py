@@ -31,15 +31,15 @@ class _Node:
 def test_no_alert_says_something_only_where_there_are_rules(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rule file that is not found is no error of Prometheus, and nothing would ever fire."""
     monkeypatch.setattr(checks, "_SCRAPE_PATIENCE_S", 0.0)
-    _check_alerts(_Node(rules=1))  # type: ignore[arg-type]
+    _check_alerts(_Node(rules=1))
     with pytest.raises(Wrong, match="no rule"):
-        _check_alerts(_Node())  # type: ignore[arg-type]
+        _check_alerts(_Node())
 
 
 @pytest.mark.parametrize("told", [[], ["audit"], {"audit": []}, {"audit": {}}, "fine", {"audit": ["x"]}])
 def test_a_node_that_tells_nonsense_fails_and_breaks_nothing(told: Any) -> None:
     """The other checks still say what they see."""
     model = Model("starter", "", 1, 2)
-    proof = prove(_Node(told=told), model, checks.Path(), "1", 0.0, lambda name: None)  # type: ignore[arg-type]
+    proof = prove(_Node(told=told), model, checks.Path(), "1", 0.0, lambda name: None)
     assert {each.split(":")[0] for each in proof.problems} >= {"ready", "audit"}
     assert (proof.node is None) is not isinstance(told, dict)  # the report is made from it

@@ -44,7 +44,7 @@ def test_the_facts_are_right(facts: ProbeFacts, tmp_path: Path) -> None:
     chain.write_text(told["certificate"]["chain"])
     key.write_text(told["certificate"]["key"])
     ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(chain, key)
-    names = ssl._ssl._test_decode_cert(str(chain))["subjectAltName"]
+    names = ssl._ssl._test_decode_cert(str(chain))["subjectAltName"]  # type: ignore[attr-defined]  # Python's own
     assert {name for _, name in names} == {DOMAIN, MONITORING}
 
 

@@ -2,13 +2,14 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 from scripts.bake.checks import Checked, Proof
 from scripts.bake.report import carry_over, compare, find_report, keep_report, make_report
 from scripts.bake.runs import Run
 from tests.unit.bake.test_snapshots import make
 
-NODE = {
+NODE: dict[str, Any] = {
     "image": {"version": "v1", "model": {"name": "starter", "sha256": "ab" * 32}},
     "versions": {
         "kernel": "6.12",
@@ -24,7 +25,7 @@ NODE = {
 }
 
 
-def report(tmp_path: Path, number: int = 1, node: object = NODE, problem: str | None = None) -> dict:
+def report(tmp_path: Path, number: int = 1, node: object = NODE, problem: str | None = None) -> dict[str, Any]:
     run = Run("20261126-1200-0a1b2c", tmp_path, 0)
     proof = Proof([Checked("ready", problem, 1.0)], {"boot": {"model_s": 2.0}}, node)
     return make_report(make(number), None, run, {"probe": 1.0}, proof, "cx23 at fsn1")

@@ -37,7 +37,7 @@ def test_a_deployment_in_one_view(cloud: Cloud, two_nodes: Snapshot, tmp_path: P
         asked.append(address)
         return told[address != seen[0].public_net.ipv4.ip]
 
-    seen = sorted(cloud.servers(), key=lambda each: each.name)[:2]
+    seen = sorted(cloud.servers(), key=lambda each: str(each.name))[:2]
     found = look(options(tmp_path, "--domain", "llm.example.org"), cloud, asking)
     assert sorted(asked) == sorted(each.public_net.ipv4.ip for each in seen)
     first, second = found.nodes

@@ -16,7 +16,8 @@ class Containers:
     """Docker with one container, which stays if its folder is as ``likes`` wants it."""
 
     def __init__(self, folder: Path, likes: Any):
-        self.folder, self.likes, self.words = folder, likes, []
+        self.folder, self.likes = folder, likes
+        self.words: list[Any] = []
 
     def ask(self, *words: str) -> str:
         self.words.append(words[0])

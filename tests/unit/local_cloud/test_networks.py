@@ -276,7 +276,8 @@ def test_what_machines_refuse_is_undone(cloud: Cloud) -> None:
     cloud.machines.failing.clear()
     cloud.succeed(f"{path}/attach_to_network", {"network": network_id, "alias_ips": ["10.0.1.9"]})
     cloud.machines.failing["set_private_links"] = MachineFailed("no")
-    for name, values in (("detach_from_network", {}), ("change_alias_ips", {"alias_ips": []})):
+    changes: dict[str, dict[str, Any]] = {"detach_from_network": {}, "change_alias_ips": {"alias_ips": []}}
+    for name, values in changes.items():
         action = cloud.wait(cloud.post(f"{path}/{name}", {"network": network_id, **values})["action"])[0]
         assert action["status"] == "error"
         assert private_net(cloud, server_id)[0]["alias_ips"] == ["10.0.1.9"]

@@ -69,7 +69,7 @@ def _is_number(checker: object, value: object) -> bool:
 
 
 # 60.0 is an integer to JSON Schema, and .nan a number to YAML; to the service they are neither.
-_Validator = jsonschema.validators.extend(
+_Validator = jsonschema.validators.extend(  # type: ignore[no-untyped-call]  # the stubs leave it without
     jsonschema.Draft202012Validator,
     type_checker=jsonschema.Draft202012Validator.TYPE_CHECKER.redefine_many(
         {"integer": _is_whole_number, "number": _is_number}
@@ -91,7 +91,7 @@ def read_facts(path: Path, schema: dict[str, Any]) -> dict[str, Any]:
     if len(text) > _LARGEST_BYTES:
         raise FactsWrong([f"{path} is longer than {_LARGEST_BYTES} bytes"])
     try:
-        facts = yaml.load(text.decode(), _Loader)  # noqa: S506 - a loader of plain data
+        facts: Any = yaml.load(text.decode(), _Loader)  # noqa: S506 - a loader of plain data
         json.dumps(facts, ensure_ascii=False, default=str).encode()
     except UnicodeDecodeError as error:
         raise FactsWrong([f"{path} is not UTF-8: byte {error.start}"]) from error
@@ -111,7 +111,8 @@ def read_facts(path: Path, schema: dict[str, Any]) -> dict[str, Any]:
         ]
     if problems:
         raise FactsWrong(problems)
-    return facts
+    told: dict[str, Any] = facts  # the schema wants an object
+    return told
 
 
 def find_stranger(facts: Path, instance: Path, memory: Path) -> str | None:
@@ -174,30 +175,34 @@ def _where(error: BaseException) -> str:
 
 def _describe(error: jsonschema.ValidationError) -> str:
     place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error.path).lstrip(".") or "facts"
-    hint = error.schema.get("description", "") if isinstance(error.schema, dict) else ""
+    # Any: the stubs think of errors that no validator made, where these are not set.
+    schema: Any = error.schema
+    wanted: Any = error.validator_value
+    instance: Any = error.instance
+    hint = schema.get("description", "") if isinstance(schema, dict) else ""
     match error.validator:
         case "additionalProperties":
-            known = ", ".join(error.schema["properties"])
+            known = ", ".join(schema["properties"])
             # A long one may be a key that somebody took for a name.
             extra = ", ".join(
                 repr(name) if len(str(name)) <= _LONGEST_TOLD_NAME else "a name"
-                for name in error.instance
-                if name not in error.schema["properties"]
+                for name in instance
+                if name not in schema["properties"]
             )
             return f"{place}: {extra} is not known here; known are {known}"
         case "required":
-            missing = next(name for name in error.validator_value if name not in error.instance)
+            missing = next(name for name in wanted if name not in instance)
             return f"{place}: {missing} is missing"
         case "dependentRequired":
-            given, wanted = next(
+            given, lacking = next(
                 (given, name)
-                for given, names in error.validator_value.items()
+                for given, names in wanted.items()
                 for name in names
-                if given in error.instance and name not in error.instance
+                if given in instance and name not in instance
             )
-            return f"{place}: {wanted} is missing beside {given}"
+            return f"{place}: {lacking} is missing beside {given}"
         case "type":
-            return f"{place}: must be {_type_name(error.validator_value)}" + (f" ({hint})" if hint else "")
+            return f"{place}: must be {_type_name(wanted)}" + (f" ({hint})" if hint else "")
     # The value itself is left out: it may be a key that somebody took for its hash.
     return f"{place}: {hint or 'is not valid'}"
 

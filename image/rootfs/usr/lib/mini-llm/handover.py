@@ -182,7 +182,7 @@ def knock(target: str) -> str:
     """Sends a few such segments to another server's address; from which of this one's. Raises OSError."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
         asking.connect((target, 443))
-        source = asking.getsockname()[0]
+        source: str = asking.getsockname()[0]
     with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_TCP) as raw:
         for _ in range(5):
             raw.sendto(make_knock(source, target), (target, 0))
@@ -366,7 +366,7 @@ def serve(connection: socket.socket, folder: Path) -> None:
     try:
         context = make_context(folder, ssl.PROTOCOL_TLS_SERVER)
         with context.wrap_socket(connection, server_side=True) as secured:
-            Handler(secured, secured.getpeername(), None)
+            Handler(secured, secured.getpeername(), None)  # type: ignore[arg-type]  # it has no server: systemd took the connection
     except OSError as error:  # an SSLError is one
         print(f"not spoken with: {error}", file=sys.stderr)
 

@@ -51,8 +51,10 @@ def look_at(name: str, ask: Callable[..., str] = docker, now_s: Callable[[], flo
 
 def keeps_ending(seen: Seen, before: dict[str, Any] | None) -> bool:
     """Whether it was started again more than once since the last look, and is not there for good by now."""
-    known = before is not None and before["id"] == seen.id and not before["tried"]
-    return known and seen.restarts - before["restarts"] >= _AT_LEAST and seen.running_s < _SETTLED_S
+    if before is None or before["id"] != seen.id or before["tried"]:
+        return False
+    again: int = seen.restarts - before["restarts"]
+    return again >= _AT_LEAST and seen.running_s < _SETTLED_S
 
 
 def _beside(folder: Path) -> tuple[Path, Path]:
@@ -131,5 +133,5 @@ def main(counts: Path, names: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a file's, of which the stubs are not sure
     sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))

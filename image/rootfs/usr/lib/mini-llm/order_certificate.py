@@ -110,5 +110,6 @@ def main(traefik: Path, acme: Path, note: Path, metrics: Path, wait: Callable[[f
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)
-    sys.exit(main(*map(Path, sys.argv[1:])))
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a file's, of which the stubs are not sure
+    TRAEFIK, ACME, NOTE, METRICS = map(Path, sys.argv[1:])
+    sys.exit(main(TRAEFIK, ACME, NOTE, METRICS))

@@ -175,5 +175,5 @@ def main(url: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a file's, of which the stubs are not sure
     main(sys.argv[1], Path(sys.argv[2]))

@@ -100,4 +100,4 @@ class _Handler(BaseHTTPRequestHandler):
 
 if __name__ == "__main__":
     with socket.socket(fileno=os.dup(sys.stdin.fileno())) as connection:
-        _Handler(connection, ("127.0.0.1", 0), None)
+        _Handler(connection, ("127.0.0.1", 0), None)  # type: ignore[arg-type]  # it has no server: systemd took the connection

@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -254,7 +255,7 @@ def find_predecessor(neighbours: Iterable[str], context: ssl.SSLContext, board: 
     for address in neighbours:
         peers[address] = Peer(address, context)
         try:
-            states[address] = patiently(lambda peer=peers[address]: peer.tell("/state"))
+            states[address] = patiently(partial(peers[address].tell, "/state"))
         except Refused as refusal:
             refusals.append(str(refusal))
         except Gone as gone:
@@ -645,7 +646,7 @@ def main(url: str, folder: Path, state: Path, control: Path) -> int:
         # Where the facts say so, nobody is asked: that is how a deployment's key is changed.
         peer = None if (folder / "alone").exists() else find_out(url, folder, board)
         if peer is not None:
-            patiently(lambda: take_first(peer, places, board))
+            patiently(partial(take_first, peer, places, board))
     except Gone as gone:
         board.note(f"{gone}: nothing was taken over from it")
         peer = None
@@ -678,5 +679,5 @@ def main(url: str, folder: Path, state: Path, control: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a file's, of which the stubs are not sure
     sys.exit(main(sys.argv[1], *map(Path, sys.argv[2:])))

@@ -262,7 +262,7 @@ def keep_open(ends: Ends, lease: Path, memory: Path) -> None:
 MEMORY = Path("/run/mini-llm-rollout/settings")
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a file's, of which the stubs are not sure
     if sys.argv[1:] == ["close"]:
         close(MEMORY)
     else:
