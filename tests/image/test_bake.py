@@ -102,7 +102,7 @@ def test_its_report(bakery: Bakery, first: dict[str, Any]) -> None:
     assert report["boot"]["model_s"] < report["boot"]["first_token_s"]
     assert report["sizes_bytes"]["model"] > 2_900_000
     urls = [each.get("purl", each["name"]) for each in report["sbom"]["components"]]
-    for start in ("pkg:deb/debian/docker.io@", "pkg:pypi/gpt4all@2.8.2", "pkg:oci/traefik@sha256", "starter"):
+    for start in ("pkg:deb/debian/docker.io@", "pkg:pypi/gpt4all@", "pkg:oci/traefik@sha256", "starter"):
         assert any(each.startswith(start) for each in urls), start
 
 

@@ -23,6 +23,7 @@ from tests.image.harness import DOMAIN, ROOT, Node, bake, node, packer
 from tests.image.scripts import load_script
 from tests.local_cloud.harness import LocalCloud, cut_off, traces
 from tests.programs import ProgramMissing
+from tests.tree import list_files
 
 PROBE = Path(__file__).with_name("probe.py")
 # The same unit, with another program in the service's place.
@@ -209,7 +210,7 @@ def test_the_scripts_are_as_shellcheck_wants_them() -> None:
         if os.environ.get("CI"):
             pytest.fail("shellcheck is not installed; here it must run")
         pytest.skip("did not run: shellcheck is not installed (Debian: sudo apt-get install shellcheck)")
-    scripts = [*ROOT.glob("image/provision/*.sh"), *ROOT.glob("tests/**/*.sh"), ROOT / ".ci" / "run"]
+    scripts = [path for name, path in list_files().items() if name.endswith(".sh") or name == ".ci/run"]
     done = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout
 

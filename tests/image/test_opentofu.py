@@ -281,9 +281,9 @@ def test_the_state_in_an_object_storage(
 
 def test_the_mirror_is_terraforms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Found in Terraform's own configuration, and laid where OpenTofu looks."""
-    place = tmp_path / "theirs" / "registry.terraform.io" / "hetznercloud" / "hcloud" / "1.68.0" / platform.machine()
+    place = tmp_path / "theirs" / "registry.terraform.io" / "hetznercloud" / "hcloud" / "1.0.0" / platform.machine()
     place.mkdir(parents=True)
-    (place / "terraform-provider-hcloud_v1.68.0").write_text("a program")
+    (place / "terraform-provider-hcloud_v1.0.0").write_text("a program")
     path = f"{tmp_path}/theirs"
     (tmp_path / "rc").write_text(f'provider_installation {{\n  filesystem_mirror {{\n    path = "{path}"\n  }}\n}}\n')
     monkeypatch.setenv("TF_CLI_CONFIG_FILE", str(tmp_path / "rc"))

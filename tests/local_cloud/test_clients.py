@@ -130,7 +130,7 @@ def test_hcloud_cli(cloud: LocalCloud, client: Client, key: Path, known_key: Bou
 PACKER_TEMPLATE = """
 packer {
   required_plugins {
-    hcloud = { source = "github.com/hetznercloud/hcloud", version = ">= 1.0.5" }
+    hcloud = { source = "github.com/hetznercloud/hcloud", version = ">= PINNED" }
   }
 }
 source "hcloud" "trivial" {
@@ -149,12 +149,13 @@ build {
 
 
 def test_packer_bakes_a_snapshot_that_boots(host: None, tmp_path: Path, key: Path) -> None:
-    """Packer 1.11.2 with its hcloud plugin 1.0.5, which knows fields that the API has dropped since."""
+    """With its hcloud plugin, which knows fields that the API has dropped since."""
     try:
         packer, plugin = obtain(PACKER), obtain(PACKER_PLUGIN_HCLOUD)
     except ProgramMissing as error:
         pytest.skip(f"did not run: {error}")
-    (tmp_path / "trivial.pkr.hcl").write_text(PACKER_TEMPLATE)
+    template = PACKER_TEMPLATE.replace("PINNED", PACKER_PLUGIN_HCLOUD.version)
+    (tmp_path / "trivial.pkr.hcl").write_text(template)
     with running_cloud(tmp_path, "--old-clients", addresses="198.19.1.0/24") as cloud:
         environment = {**cloud.environment, "PACKER_PLUGIN_PATH": str(tmp_path / "plugins"), "CHECKPOINT_DISABLE": "1"}
         environment["PACKER_CONFIG_DIR"] = str(tmp_path)

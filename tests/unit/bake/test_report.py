@@ -14,7 +14,7 @@ NODE: dict[str, Any] = {
     "versions": {
         "kernel": "6.12",
         "packages": {"openssl": "3.5.1-1+deb13u1", "libstdc++6": "14.2.0"},
-        "python": {"gpt4all": "2.8.2", "typing_extensions": "4.16"},
+        "python": {"gpt4all": "2.0.0", "typing_extensions": "4.16"},
         "containers": {
             "traefik": {"image": "docker.io/library/traefik", "version": "v3", "digest": "sha256:" + "cd" * 32}
         },
@@ -39,7 +39,7 @@ def test_the_parts_are_told_as_cyclonedx(tmp_path: Path) -> None:
     assert urls == [
         "pkg:deb/debian/openssl@3.5.1-1%2Bdeb13u1?distro=debian-13",
         "pkg:deb/debian/libstdc%2B%2B6@14.2.0?distro=debian-13",
-        "pkg:pypi/gpt4all@2.8.2",
+        "pkg:pypi/gpt4all@2.0.0",
         "pkg:pypi/typing-extensions@4.16",
         f"pkg:oci/traefik@sha256%3A{'cd' * 32}?repository_url=docker.io%2Flibrary%2Ftraefik&tag=v3",
         None,

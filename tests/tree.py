@@ -1,0 +1,38 @@
+"""Owns the list of the project's own files, which tests look through for strays, dead links and what does not parse."""
+
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path, PurePosixPath
+
+ROOT = Path(__file__).resolve().parents[1]
+_HIDDEN = {".ci", ".gitignore"}  # all else that begins with a dot is somebody's own: .git, .venv, caches
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.iterdir()):
+        if (path.name.startswith(".") and path.name not in _HIDDEN) or path.name == "__pycache__":
+            continue
+        if path.is_dir():
+            yield from _walk(path)
+        else:
+            yield path
+
+
+@cache
+def list_files() -> dict[str, Path]:
+    """Every file that belongs to the project, by its path from the root; what git is told to ignore does not."""
+    ignored = [line.lstrip("/") for line in (ROOT / ".gitignore").read_text().splitlines()]
+    named = {path.relative_to(ROOT).as_posix(): path for path in _walk(ROOT)}
+    return {name: path for name, path in named.items() if not any(PurePosixPath(name).match(one) for one in ignored)}
+
+
+@cache
+def read_texts() -> dict[str, str]:
+    """The text of each of them that is one."""
+    texts = {}
+    for name, path in list_files().items():
+        try:
+            texts[name] = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue  # the model
+    return texts
