@@ -28,7 +28,6 @@ class Place:
     location: str
     disk_gb: int
     eur_per_hour: float
-    eur_per_month: float
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ def find_places(
 
     def places(chosen: Iterable[BoundServerType]) -> list[Place]:
         return [
-            Place(given(each.name), location, given(each.disk), *_prices(each, location))
+            Place(given(each.name), location, given(each.disk), _prices(each, location)[0])
             for each in chosen
             for location in wanted
             if _is_offered(each, location, each.name in (bake_type, node_type))

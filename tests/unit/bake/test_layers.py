@@ -14,7 +14,7 @@ from scripts.bake.packer import PackerEnded
 from scripts.bake.preflight import Place
 from scripts.bake.relay import CallFailed
 
-PLACES = [Place("cx23", "fsn1", 40, 0.01, 5.0), Place("cx23", "nbg1", 40, 0.01, 5.0)]
+PLACES = [Place("cx23", "fsn1", 40, 0.01), Place("cx23", "nbg1", 40, 0.01)]
 
 
 class Bench:
