@@ -24,7 +24,7 @@ ifeq ($(LLM_MODEL),)
 unexport LLM_MODEL
 endif
 
-.PHONY: help serve demo bake handover-key cloud cloud-clean test unit test-faults test-launch-faults bench bench-cloud bench-image bench-bake bench-rollout pictures train lint lock clean
+.PHONY: help serve demo bake handover-key cloud cloud-clean test unit test-faults test-launch-faults bench bench-cloud bench-image bench-bake bench-rollout pictures train lint audit lock clean
 
 help:
 	@echo "make serve   serve a model on 127.0.0.1:8080 (HOST= PORT= MODEL= change that)"
@@ -38,7 +38,8 @@ help:
 	@echo "make bench   measure, as ratios in one run;  make bench-cloud, bench-image, bench-bake, bench-rollout  of cloud, node, bake, rollout (root)"
 	@echo "make pictures  the README's drawings and screenshots anew (root; PICTURES=drawings those alone)"
 	@echo "make train   train the starter model again (up to an hour)"
-	@echo "make lint    check style and types;  make lock  pin requirements again;  make clean  remove .venv and caches"
+	@echo "make lint    check style and types;  make audit  known weaknesses of pinned packages"
+	@echo "make lock    pin requirements again;  make clean  remove .venv and caches"
 
 serve:
 	@$(SET_UP) service/requirements.txt
@@ -114,6 +115,11 @@ lint:
 	@$(SET_UP) $(TEST_REQUIREMENTS)
 	@$(VENV_PYTHON) -m ruff check . && $(VENV_PYTHON) -m mypy
 
+# Exit code 2 where no list of weaknesses could be asked: then nothing was audited.
+audit:
+	@$(SET_UP) tests/audit/requirements.txt
+	@$(VENV_PYTHON) -m tests.audit
+
 # Needs uv; pins every requirement and all it needs, by hash, for every supported Python.
 LOCK := uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
   --no-annotate --custom-compile-command "make lock"
@@ -122,6 +128,7 @@ lock:
 	$(LOCK) -c service/requirements.txt service/starter/requirements.in -o service/starter/requirements.txt
 	$(LOCK) -c service/requirements.txt scripts/requirements.in -o scripts/requirements.txt
 	$(LOCK) -c service/requirements.txt -c service/starter/requirements.txt -c scripts/requirements.txt tests/requirements.in -o tests/requirements.txt
+	$(LOCK) -c service/requirements.txt -c service/starter/requirements.txt -c scripts/requirements.txt -c tests/requirements.txt tests/audit/requirements.in -o tests/audit/requirements.txt
 
 clean:
 	rm -rf .venv .cache .pytest_cache .ruff_cache .mypy_cache
