@@ -73,7 +73,7 @@ test:
 
 unit:
 	@$(SET_UP) $(TEST_REQUIREMENTS)
-	@$(VENV_PYTHON) -m ruff check --quiet . && $(VENV_PYTHON) -m pytest tests/unit
+	@$(VENV_PYTHON) -m ruff check --quiet . && $(VENV_PYTHON) -m mypy --no-error-summary && $(VENV_PYTHON) -m pytest tests/unit
 
 test-faults:
 	@$(SET_UP) $(TEST_REQUIREMENTS)

@@ -5,7 +5,8 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 
 ROOT = Path(__file__).resolve().parents[1]
-_HIDDEN = {".ci", ".gitignore"}  # all else that begins with a dot is somebody's own: .git, .venv, caches
+# All else that begins with a dot is somebody's own: .git, .venv, caches.
+_HIDDEN = {".ci", ".gitignore", ".terraform.lock.hcl"}
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -21,9 +22,15 @@ def _walk(folder: Path) -> Iterator[Path]:
 @cache
 def list_files() -> dict[str, Path]:
     """Every file that belongs to the project, by its path from the root; what git is told to ignore does not."""
-    ignored = [line.lstrip("/") for line in (ROOT / ".gitignore").read_text().splitlines()]
+    patterns = (ROOT / ".gitignore").read_text().splitlines()
+
+    def belongs(name: str) -> bool:
+        # The last pattern that matches decides, and one that begins with ! takes back what was said before.
+        said = [one for one in patterns if PurePosixPath(name).match(one.lstrip("!/"))]
+        return not said or said[-1].startswith("!")
+
     named = {path.relative_to(ROOT).as_posix(): path for path in _walk(ROOT)}
-    return {name: path for name, path in named.items() if not any(PurePosixPath(name).match(one) for one in ignored)}
+    return {name: path for name, path in named.items() if belongs(name)}
 
 
 @cache

@@ -20,7 +20,8 @@ WANTED = [name.replace(".txt", ".in") for name in LOCKS]
 PROGRAMS = [each for each in vars(programs).values() if isinstance(each, Program)]
 
 # Without what a program writes, the versions of all things in it.
-WRITTEN = {name: TEXTS[name] for name in TEXTS if name not in LOCKS and not name.endswith(("go.mod", "go.sum"))}
+_BY_PROGRAMS = ("go.mod", "go.sum", "flake.lock", ".terraform.lock.hcl")
+WRITTEN = {name: TEXTS[name] for name in TEXTS if name not in LOCKS and not name.endswith(_BY_PROGRAMS)}
 
 # Where a version may be told beside its home, and why. That it is the pinned one is checked in all of them.
 TOLD = {

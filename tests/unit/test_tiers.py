@@ -8,7 +8,7 @@ from tests.conftest import summarize
 
 
 def report(path: str, when: str, outcome: Any, reason: Any = None) -> pytest.TestReport:
-    return pytest.TestReport(path, (path, 1, "test"), {}, outcome, reason, when, duration=1.5)  # type: ignore[arg-type]
+    return pytest.TestReport(path, (path, 1, "test"), {}, outcome, reason, when, duration=1.5)
 
 
 def test_tiers_are_told_with_what_did_not_run() -> None:
