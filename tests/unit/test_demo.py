@@ -1,5 +1,6 @@
 """The demo says in one line why it cannot run, and tells truly what was seen."""
 
+import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -36,7 +37,7 @@ def test_a_small_disk_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """With what is needed and what is there."""
     for each in ("check_host", "check_image_tools", "check_pool_tools"):
         monkeypatch.setattr(demo, each, lambda: None)
-    monkeypatch.setattr(demo.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2e9})())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2e9})())
     with pytest.raises(demo.CannotRun, match="needs 15 GB of disk, 2 are free"):
         demo.check_machine()
 
