@@ -47,11 +47,10 @@ check "handover" {
   }
 }
 
-# What makes a node another one. Its name and the key that it proves itself with are made anew with it, and stay as long as
-# it does; to replace a node that hangs: terraform apply -replace=terraform_data.node
+# What makes a node another one. The key that it proves itself with is made anew with it, and stays as long as it does; to
+# replace a node that hangs: terraform apply -replace=terraform_data.node
 resource "terraform_data" "node" {
   input = {
-    suffix     = substr(uuid(), 0, 8)
     secret     = "${uuid()}${uuid()}"
     proof_ends = timeadd(timestamp(), "168h") # at the latest; it ends when the node is proved
   }
@@ -131,7 +130,8 @@ resource "hcloud_floating_ip" "service" {
 }
 
 resource "hcloud_server" "node" {
-  name         = "${var.name}-${terraform_data.node.output.suffix}"
+  # Another name for each server that is made, also in the place of one whose making failed halfway: both exist for a while.
+  name         = "${var.name}-${substr(uuid(), 0, 8)}"
   image        = var.image_id
   server_type  = var.server_type
   location     = var.location
@@ -151,6 +151,7 @@ resource "hcloud_server" "node" {
 
   lifecycle {
     create_before_destroy = true
+    ignore_changes        = [name]
     replace_triggered_by  = [terraform_data.node]
   }
 

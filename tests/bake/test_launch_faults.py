@@ -15,6 +15,7 @@ SAMPLE = (
     "fatal: 403 forbidden, POST /v1/servers",
     "fatal: 403 forbidden, POST /v1/floating_ips/*/actions/assign",
     "fatal: lost_answer, POST /v1/servers",
+    "fatal: 403 forbidden, POST /v1/servers/*/actions/attach_to_network",
     "fatal: action_failed create_server",
     "killed: moment 2 of 10",
     "killed: moment 7 of 10",
