@@ -100,7 +100,7 @@ def _announcement(settings: Settings, model: str) -> str:
     key = """ -H "Authorization: Bearer $LLM_KEY\"""" if settings.keys_required else ""
     return (
         f"\n{model} is ready. Open {base}/ in a browser, or try it in another terminal:\n\n"
-        f"  curl -s {base}/generate{key} -H 'Content-Type: application/json' "
+        f"  curl -sS {base}/generate{key} -H 'Content-Type: application/json' "
         f"""-d '{{"prompt": "What is mini-llm?"}}'\n"""
     )
 

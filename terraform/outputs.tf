@@ -24,6 +24,6 @@ output "node" {
 }
 
 output "try" {
-  value       = "curl -s https://${var.domain}/generate -H \"Authorization: Bearer $KEY\" -H 'Content-Type: application/json' -d '{\"prompt\": \"What is mini-llm?\"}'"
+  value       = "curl -sS https://${var.domain}/generate -H \"Authorization: Bearer $KEY\" -H 'Content-Type: application/json' -d '{\"prompt\": \"What is mini-llm?\"}'"
   description = "A first request; KEY is a key whose hash is among the api_keys."
 }
