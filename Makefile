@@ -10,19 +10,19 @@ export PATH := $(PATH):$(CURDIR)/.cache/debian/usr/bin
 TEST_REQUIREMENTS := service/requirements.txt service/starter/requirements.txt scripts/requirements.txt \
   tests/requirements.txt
 
-# HOST=, PORT= and MODEL= are for people; the service reads LLM_* from its environment.
-export LLM_HOST ?= $(HOST)
-export LLM_PORT ?= $(PORT)
-export LLM_MODEL ?= $(MODEL)
-ifeq ($(LLM_HOST),)
-unexport LLM_HOST
+# HOST=, PORT= and MODEL= are for people; the service reads LLM_* from its environment. What is typed behind make wins.
+define take
+ifeq ($$(origin $(1)),command line)
+LLM_$(1) := $$($(1))
 endif
-ifeq ($(LLM_PORT),)
-unexport LLM_PORT
+LLM_$(1) ?= $$($(1))
+ifeq ($$(LLM_$(1)),)
+unexport LLM_$(1)
+else
+export LLM_$(1)
 endif
-ifeq ($(LLM_MODEL),)
-unexport LLM_MODEL
-endif
+endef
+$(foreach name,HOST PORT MODEL,$(eval $(call take,$(name))))
 
 .PHONY: help serve demo bake handover-key cloud cloud-clean test unit test-faults test-launch-faults bench bench-cloud bench-image bench-bake bench-rollout pictures train lint audit lock clean
 
