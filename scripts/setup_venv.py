@@ -61,6 +61,12 @@ def is_ours(python: str) -> bool:
     return os.path.exists(python) and subprocess.call([python, "-c", question], stderr=subprocess.DEVNULL) == 0
 
 
+def has_pip(python: str) -> bool:
+    """Whether an environment was made to its end: of what is used here, pip comes last."""
+    done = subprocess.run([python, "-m", "pip", "--version"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return done.returncode == 0
+
+
 def run(arguments: "list[str]", remedy: str) -> None:
     """Runs one command; its failure ends the run with what to do."""
     try:
@@ -96,9 +102,12 @@ def main(requirement_files: "list[str]") -> None:
     print("Setting up .venv (once; about 130 MB to fetch) …", file=sys.stderr)
     import venv
 
+    ours = is_ours(python)
     try:
-        # In this process: an interrupted child would show its traceback.
-        venv.create(VENV, with_pip=True, clear=not is_ours(python))
+        # One that is there stays as it is: its Python may be running, and cannot be written then.
+        if not (ours and has_pip(python)):
+            # In this process: an interrupted child would show its traceback.
+            venv.create(VENV, with_pip=True, clear=not ours)
     except KeyboardInterrupt:
         sys.exit("interrupted; the next run goes on from here")
     except (OSError, subprocess.CalledProcessError) as error:
