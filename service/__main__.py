@@ -64,6 +64,13 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def _command() -> str:
+    """This command line as it can be typed where it was typed now; a checkout's Python is nobody's ``python``."""
+    own = Path(".venv") / "bin" / "python"
+    is_own = Path(sys.prefix) == _ROOT / ".venv" and Path.cwd() == _ROOT
+    return f"{own if is_own else 'python'} -m service"
+
+
 def _have_model(settings: Settings) -> ModelFile:
     """The model's file, fetched first if it is one of the catalogue's and not there yet."""
     folder = settings.cache_dir / "models"
@@ -152,7 +159,7 @@ def _make_first_key(settings: Settings) -> None:
     if path.exists() and read_keys(path):
         return
     if not sys.stderr.isatty():  # a journal or a file would keep it
-        raise KeyRefused("there are no keys yet; make one with: python -m service keys add NAME")
+        raise KeyRefused(f"there are no keys yet; make one with: {_command()} keys add NAME")
     secret = _add_key(settings, "first", frozenset(SCOPES), None, Limits())
     _say(f"A first key was made; it is shown only now. Its scopes: {', '.join(SCOPES)}.\n\n  export LLM_KEY={secret}\n")
 
@@ -207,7 +214,7 @@ def change_keys(settings: Settings, options: argparse.Namespace) -> None:
                 print(json.dumps(keys, indent=1))
                 return
             if not keys:
-                _say(f"There are no keys in {settings.keys_file}; make one with: python -m service keys add NAME")
+                _say(f"There are no keys in {settings.keys_file}; make one with: {_command()} keys add NAME")
             for one in keys:
                 bounds = ", ".join(f"{name} {value}" for name, value in one.get("limits", {}).items())
                 print(
@@ -225,6 +232,8 @@ def inspect_audit(settings: Settings, options: argparse.Namespace) -> int:
     report = verify(options.path or [settings.audit_dir], after=options.after)
     print("\n".join(describe_report(report)))
     return 0 if report.whole else 1
+
+
 def _parser() -> argparse.ArgumentParser:
     variables = "\n".join(f"  {PREFIX}{name.upper():20} {one.describe}" for name, one in SETTINGS.items())
     parser = argparse.ArgumentParser(
