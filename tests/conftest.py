@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import pytest
 
 # Tier -> what it needs; a test is of the first whose paths its own begins with.
-_TIERS = {
+TIERS = {
     "unit": ("nothing", ("tests/unit/",)),
-    "service": ("nothing; Chromium for its page", ("tests/service/",)),
+    "service": ("a Python package index; Chromium for its page", ("tests/service/",)),
     "cloud": ("root, Debian's packages", ("tests/local_cloud/",)),
     "nix": ("root, Debian's packages; nothing is built", ("tests/nix/",)),
     "launch": (
@@ -30,7 +30,7 @@ class _Tier:
 
 
 def _tier_of(path: str) -> str:
-    return next((name for name, (_, begins) in _TIERS.items() if path.startswith(begins)), "other")
+    return next((name for name, (_, begins) in TIERS.items() if path.startswith(begins)), "other")
 
 
 def summarize(reports: Iterable[pytest.TestReport]) -> list[str]:
@@ -47,7 +47,7 @@ def summarize(reports: Iterable[pytest.TestReport]) -> list[str]:
         elif report.outcome == "failed" or report.when == "call":
             tier.counts[report.outcome] += 1
     lines = [f"{'tier':8} {'passed':>7} {'failed':>7} {'not run':>8} {'took':>8}  needs"]
-    for name, (needs, _) in {**_TIERS, "other": ("", ())}.items():
+    for name, (needs, _) in {**TIERS, "other": ("", ())}.items():
         if name in tiers:
             counts, took_s = tiers[name].counts, tiers[name].took_s
             numbers = f"{counts['passed']:7} {counts['failed']:7} {counts['skipped']:8} {took_s:6.0f} s"

@@ -6,6 +6,7 @@ from pathlib import Path
 from service.models import load_catalogue
 from service.schema import TokenBounds, parse_generate
 from service.settings import Settings
+from tests.conftest import TIERS
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -51,3 +52,8 @@ def test_every_setting_named_exists() -> None:
     """LLM_* variables in the README are settings."""
     for variable in re.findall(r"LLM_([A-Z_]+)", README):
         assert variable.lower() in Settings.__dataclass_fields__, variable
+
+
+def test_tiers_are_those_that_a_run_tells() -> None:
+    """In the same order, with the same needs."""
+    assert [(tier, needs) for tier, _, needs in rows("tier")] == [(tier, needs) for tier, (needs, _) in TIERS.items()]
