@@ -36,6 +36,16 @@ def test_each_way_to_misbehave_is_tried() -> None:
     assert set(TOLD_BY) == set(MISBEHAVIOURS)
 
 
+def test_an_image_is_verified_again(bench: Bench) -> None:
+    """By its number, on a server of its own, which is gone afterwards; it stays verified."""
+    [image] = bench.verified()
+    done = bench.run("verify", str(image.id))
+    assert done.code == 0, done
+    assert f"image {image.id} is verified: " in done.output
+    assert [one.id for one in bench.verified()] == [image.id]
+    assert bench.left() == []
+
+
 @pytest.mark.parametrize(("way", "check"), TOLD_BY.items())
 def test_it_is_not_verified(bench: Bench, way: str, check: str) -> None:
     """The bake fails, names the check, and leaves no verified image beside the good one."""

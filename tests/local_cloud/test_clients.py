@@ -15,6 +15,7 @@ from hcloud.server_types import ServerType
 from hcloud.servers import BoundServer
 from hcloud.ssh_keys import BoundSSHKey
 
+from tests.commands import ROOT, blocks
 from tests.local_cloud.harness import LocalCloud, make_key, running_cloud, ssh, wait_until_off
 from tests.programs import PACKER, PACKER_PLUGIN_HCLOUD, ProgramMissing, obtain
 
@@ -125,6 +126,34 @@ def test_hcloud_cli(cloud: LocalCloud, client: Client, key: Path, known_key: Bou
     assert "cli" not in hcloud("server", "list")
     [image] = client.images.get_all(type="snapshot")
     hcloud("image", "delete", str(image.id))
+
+
+def test_the_lines_of_the_readme(cloud: LocalCloud, client: Client, tmp_path: Path) -> None:
+    """Those for another terminal, as they are printed, in one shell: a server is made, and lets its owner in.
+
+    Only the cloud's port is another, and what is asked behind the last line.
+    """
+    if shutil.which("hcloud") is None:
+        pytest.skip("did not run: the hcloud CLI is not installed (Debian: sudo apt-get install hcloud-cli)")
+    [lines] = [block for block in blocks((ROOT / "README.md").read_text(), "sh") if "export HCLOUD_ENDPOINT" in block]
+    assert "http://127.0.0.1:8899/v1" in lines
+    script = lines.rstrip().replace("http://127.0.0.1:8899/v1", cloud.endpoint) + " hostname"
+    try:
+        done = subprocess.run(
+            ["sh", "-ec", script],
+            cwd=tmp_path,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.endswith("\nweb-1\n")
+    finally:
+        for one in client.servers.get_all(name="web-1"):
+            one.delete().wait_until_finished()
+        for key in client.ssh_keys.get_all(name="me"):
+            key.delete()
 
 
 PACKER_TEMPLATE = """
