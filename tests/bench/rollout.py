@@ -25,7 +25,7 @@ from tests.image.launch_by_api import ApiDeployment, Rollout, api_deployment
 from tests.image.load import Load, Way
 from tests.local_cloud.harness import make_key, running_cloud
 
-_TOKENS = 400  # of each answer in flight
+_TOKENS = 150  # of each answer in flight
 _KEY = {name: value for name, value in api_key("alice").items() if name != "limits"}
 
 
@@ -50,7 +50,12 @@ def lines(without: Rollout, loaded: Rollout, boots: list[dict[str, float]], answ
             + " and ".join(f"{each['model']:.1f} s, {each['model'] - each['service']:.1f} s" for each in boots),
         ),
         ("move both addresses", without.moved_s, loaded.moved_s, "two actions of the cloud"),
-        ("drain, prove by name", without.drained_s, loaded.drained_s, f"{answers_s:.1f} s until the last answer's end"),
+        (
+            "drain, prove by name",
+            without.drained_s,
+            loaded.drained_s,
+            f"{answers_s:.1f} s until the last answer's end; then log and history come over",
+        ),
         ("shut down, delete", without.gone_s, loaded.gone_s, "systemd's stop, the cloud's own work"),
     ]
     told = [f"  {'part':24} {'idle':>8} {'answering':>10}  what it cannot be shorter than"]
@@ -92,8 +97,8 @@ def main() -> int:
 
         without = made.roll_out()
         boots = [boot_s(made)]
-        load, kept = Load(DOMAIN, KEYS["alice"], root), Way(address, False, True)
-        with load.running(_TOKENS, {"stream": [(kept, 0.0), (kept, 0.0)]}):
+        load, new = Load(DOMAIN, KEYS["alice"], root), Way(address, False, False)
+        with load.running(_TOKENS, {"stream": [(new, 0.0), (new, 0.0)]}):
             time.sleep(2)
             loaded = made.roll_out()
         boots.append(boot_s(made))
