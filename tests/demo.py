@@ -4,6 +4,7 @@
 said where it is used. Nothing of it is left afterwards; what a killed one has left goes at the start of the next.
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -37,6 +38,8 @@ _FOLDER = ROOT / ".cache" / "demo"
 _ADDRESSES = "198.19.200.0/24"
 _REGISTRY = "https://registry-1.docker.io/v2/"
 _NEEDED_GB = 15
+_END_WITHIN_S = 20.0
+_MARK = f"MINI_LLM_DEMO={_FOLDER}"  # in the environment of all that a demo begins
 _KEY = {name: value for name, value in api_key("alice").items() if name != "limits"}
 _INSTEAD = "`make serve` runs the service alone, without root and without a cloud"
 
@@ -271,48 +274,99 @@ def run_story(story: Story, ends: ExitStack) -> None:
             signal.pause()
 
 
+def find_marked() -> list[int]:
+    """Processes that a demo of this checkout began, this one apart: they have its mark in their environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            marked = _MARK.encode() in (folder / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue  # it ended meanwhile
+        if marked and int(folder.name) != os.getpid():
+            found.append(int(folder.name))
+    return found
+
+
 def clean() -> None:
-    """Removes what a demo that was killed has left."""
+    """Ends and removes what a demo that was killed has left; only for who holds the lock. Raises CannotRun."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for process in find_marked():
+            with suppress(ProcessLookupError):
+                os.kill(process, number)
+        end_s = time.monotonic() + _END_WITHIN_S
+        while find_marked() and time.monotonic() < end_s:
+            time.sleep(0.2)
     if _FOLDER.exists():
         command = [sys.executable, "-m", "scripts.local_cloud", "clean", "--state", str(_FOLDER / "cloud")]
-        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        if done.returncode:
+            raise CannotRun(f"what an earlier demo has left cannot be removed: {done.stderr.strip()}")
         shutil.rmtree(_FOLDER)
 
 
+@contextmanager
+def locked() -> Iterator[None]:
+    """Nobody else runs a demo in this checkout meanwhile. Raises CannotRun."""
+    _FOLDER.parent.mkdir(exist_ok=True)
+    with _FOLDER.with_suffix(".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CannotRun("another demo runs in this checkout; wait for its end") from error
+        yield
+
+
 def _stop(number: int, frame: FrameType | None) -> None:
+    """What has begun to clean up is not to be interrupted again."""
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, signal.SIG_IGN)
+    print("\nstopping; what was made is removed …", file=sys.stderr, flush=True)
     raise KeyboardInterrupt
+
+
+def tell_story(story: Story) -> None:
+    """The story from its beginning to a clean machine, then its table. Raises what `run_story` raises."""
+    begin_s = time.monotonic()
+    clean()
+    _FOLDER.mkdir(parents=True)
+    try:
+        with ExitStack() as ends:
+            run_story(story, ends)
+            print("\n=== Tear it down", flush=True)
+            down_s = time.monotonic()
+    finally:
+        left = traces(_FOLDER / "cloud")
+        shutil.rmtree(_FOLDER, ignore_errors=True)
+    story.lines.append(("Tear it down", time.monotonic() - down_s, f"left behind: {left or 'nothing'}"))
+    if left:
+        story.wrong.append(f"left behind: {left}")
+    story.print_table()
+    print(f"\nAll of it took {(time.monotonic() - begin_s) / 60:.1f} minutes.")
 
 
 def main() -> int:
     """Exit code 0 if all was seen, 1 with the reason if not, 130 if interrupted; nothing is left in any case."""
-    story, begin_s = Story(), time.monotonic()
-    signal.signal(signal.SIGTERM, _stop)
+    name, _, value = _MARK.partition("=")
+    os.environ[name] = value
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, _stop)
+    story = Story()
     try:
         check_machine()
-        clean()
-        _FOLDER.mkdir(parents=True)
-        try:
-            with ExitStack() as ends:
-                run_story(story, ends)
-                print("\n=== Tear it down", flush=True)
-                down_s = time.monotonic()
-        finally:
-            left = traces(_FOLDER / "cloud")
-            shutil.rmtree(_FOLDER, ignore_errors=True)
-        story.lines.append(("Tear it down", time.monotonic() - down_s, f"left behind: {left or 'nothing'}"))
-        if left:
-            story.wrong.append(f"left behind: {left}")
-        story.print_table()
-        print(f"\nAll of it took {(time.monotonic() - begin_s) / 60:.1f} minutes.")
-        for each in story.wrong:
-            print(f"error: {each}", file=sys.stderr)
-        return 1 if story.wrong else 0
+        with locked():
+            tell_story(story)
     except (CannotRun, ProgramMissing) as error:
         print(f"error: {error}\n  {_INSTEAD}", file=sys.stderr)
         return 1
+    except AssertionError as error:  # the harness's word for what went wrong
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        print("\ninterrupted; nothing of it is left", file=sys.stderr)
+        print("interrupted; nothing of it is left", file=sys.stderr)
         return 130
+    for each in story.wrong:
+        print(f"error: {each}", file=sys.stderr)
+    return 1 if story.wrong else 0
 
 
 if __name__ == "__main__":

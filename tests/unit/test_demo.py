@@ -1,6 +1,7 @@
 """The demo says in one line why it cannot run, and tells truly what was seen."""
 
 import shutil
+import signal
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,6 +28,8 @@ def test_a_machine_that_cannot_run_it_is_told_why_and_what_instead(
         monkeypatch.setattr(demo, each, lambda: None)
     monkeypatch.setattr(demo, name, refuse("servers are system containers, which only root can start"))
     monkeypatch.setattr(demo, "clean", lambda: pytest.fail("something was touched"))
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    monkeypatch.delenv("MINI_LLM_DEMO", raising=False)  # main sets it; this takes it back
     assert demo.main() == 1
     first, second = capsys.readouterr().err.splitlines()
     assert first == "error: servers are system containers, which only root can start"
@@ -62,6 +65,8 @@ def test_what_should_not_have_been_fails_the_demo(
 
     monkeypatch.setattr(demo, "check_machine", lambda: None)
     monkeypatch.setattr(demo, "clean", lambda: None)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    monkeypatch.delenv("MINI_LLM_DEMO", raising=False)  # main sets it; this takes it back
     monkeypatch.setattr(demo, "run_story", story)
     monkeypatch.setattr(demo, "traces", lambda state: left)
     monkeypatch.setattr(demo, "_FOLDER", tmp_path / "demo")
@@ -83,3 +88,12 @@ def test_of_an_apply_the_proof_is_shown() -> None:
     """Terraform's own words around it are not."""
     said = "node: Creating...\nx (local-exec): llm.test serves after 2 s: 'a'\nApply complete! Resources: 1 added."
     assert demo.prove_lines(said) == "llm.test serves after 2 s: 'a'\nApply complete! Resources: 1 added."
+
+
+def test_one_demo_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The second one would take what the first has made for something that was left."""
+    monkeypatch.setattr(demo, "_FOLDER", tmp_path / "cache" / "demo")
+    with demo.locked(), pytest.raises(demo.CannotRun, match="another demo runs"), demo.locked():
+        pytest.fail("both ran")
+    with demo.locked():
+        assert (tmp_path / "cache" / "demo.lock").exists()
