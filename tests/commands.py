@@ -95,6 +95,7 @@ COMMANDS = {
     "terraform -chdir=terraform plan": f"{_LAUNCH}test_other_keys_are_another_node",
     "terraform output": f"{_LAUNCH}test_from_nothing",
     "terraform -chdir=terraform apply -replace=terraform_data.node": f"{_LAUNCH}test_a_node_is_replaced_by_name",
+    "terraform -chdir=terraform destroy": f"{_LAUNCH}test_destroy_leaves_the_protected_addresses_alone",
     "apply -var protect_address=false -target=hcloud_floating_ip.service": (
         f"{_LAUNCH}test_destroy_leaves_the_protected_addresses_alone"
     ),
