@@ -1,6 +1,7 @@
 """Terraform, with its real provider, launches nodes from the image over the local cloud, and replaces them."""
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -20,6 +21,8 @@ from tests.image.launch import APPLY_TIMEOUT_S, KEYS, MONITORING_HASH, Deploymen
 from tests.image.registry import make_certificate
 from tests.image.test_image import reachable_acme_server
 from tests.local_cloud.harness import LocalCloud
+
+_OF_THE_EXAMPLE = ("name", "domain", "api_keys")
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +220,26 @@ def test_with_an_ordered_certificate(cloud: LocalCloud, image: BoundImage, progr
         with deployment(tmp_path, cloud, program, root, image_id=image.id, acme=acme) as made:
             address = apply_with_names(made, server)
             assert made.generate(address, KEYS["alice"]) == 200
+            assert made.changes() == ""
+
+
+def test_the_example_as_it_is(cloud: LocalCloud, image: BoundImage, program: str, tmp_path: Path) -> None:
+    """Copied beside main.tf, with nothing else said but where certificates come from: it serves under its name."""
+    with reachable_acme_server(cloud, tmp_path) as (server, acme):
+        root = tmp_path / "root.pem"
+        server.write_root(root)
+        with deployment(tmp_path, cloud, program, root, image_id=image.id, acme=acme) as made:
+            made.values = {name: value for name, value in made.values.items() if name not in _OF_THE_EXAMPLE}
+            shutil.copy(ROOT / "terraform" / "examples" / "llm.tfvars", made.folder / "terraform.tfvars")
+            code, said = made.run("apply", "-auto-approve", "-input=false", "-target=hcloud_floating_ip.service")
+            assert code == 0, said
+            [address] = [each.ip for each in cloud.client().floating_ips.get_all() if each.type == "ipv4"]
+            for name in ("llm.example.org", "monitoring.llm.example.org"):
+                server.point(name, address)
+            assert f"llm.example.org at {address} serves after" in made.apply()
+            assert made.outputs()["url"] == "https://llm.example.org"
+            [node] = cloud.client().servers.get_all(label_selector="deployment=mini-llm")
+            assert node.server_type.name == "cx33"
             assert made.changes() == ""
 
 
