@@ -35,7 +35,7 @@ def check_host() -> None:
         )
     libc, version = platform.libc_ver()
     if libc == "glibc" and tuple(int(part) for part in version.split(".")[:2]) < (2, 34):
-        fail("glibc %s is too old for gpt4all, 2.34 is needed" % version, "use Debian 12, Ubuntu 22.04 or newer")
+        fail("glibc %s is too old for gpt4all, 2.34 is needed" % version, "use Debian 12, Ubuntu 24.04 or newer")
     try:
         import ensurepip  # noqa: F401
         import venv  # noqa: F401

@@ -60,6 +60,7 @@ resource "terraform_data" "node" {
     place  = var.location
     facts  = nonsensitive(sha256(jsonencode([local.facts, local.api_keys])))
     access = sha256(jsonencode(var.ssh_public_keys))
+    how    = filesha256("${path.module}/../cloud-init/launch.yaml.tftpl")
   }
 
   lifecycle {
@@ -164,7 +165,7 @@ resource "terraform_data" "proved" {
   triggers_replace = [hcloud_server.node.id]
 
   provisioner "local-exec" {
-    command = "${var.python} ../scripts/prove_node.py"
+    command = "\"${var.python}\" ../scripts/prove_node.py"
     environment = {
       PROOF_STAGE     = "gate"
       PROOF_ADDRESS   = hcloud_server.node.ipv4_address
@@ -200,7 +201,7 @@ resource "terraform_data" "served" {
   triggers_replace = [hcloud_server.node.id]
 
   provisioner "local-exec" {
-    command = "${var.python} ../scripts/prove_node.py"
+    command = "\"${var.python}\" ../scripts/prove_node.py"
     environment = {
       PROOF_STAGE       = "served"
       PROOF_ADDRESS     = hcloud_floating_ip.service["ipv4"].ip_address

@@ -1,24 +1,27 @@
-# Copy this to terraform.tfvars beside main.tf. The image's id comes from `make bake`.
+# Copy this to terraform.tfvars beside main.tf, and put your own in place of what is in it. The image's id comes from `make bake`.
 domain = "llm.example.org"
 acme   = { email = "operator@example.org" }
 
 # A zone of this account, if it has the domain's: address records are then made too.
 # dns_zone = "example.org"
 
-# KEY=mllm_$(openssl rand -hex 24); printf %s "$KEY" | sha256sum
+# Who may use it: KEY=mllm_$(openssl rand -hex 24); echo "$KEY"; printf %s "$KEY" | sha256sum
 api_keys = [
   {
     name   = "first"
-    sha256 = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
+    sha256 = "the SHA-256 of a key of yours"
     limits = { requests_per_minute = 60, tokens_per_day = 200000, parallel = 2 }
   },
 ]
 
-# P=$(openssl rand -hex 16); openssl passwd -apr1 "$P"
-monitoring = { user = "operator", password_hash = "$apr1$f8Vn0cXw$ydb6HbE6kHTv.sEmvvcK/1" }
-alerts     = { webhook = "https://hooks.example.org/mini-llm" }
+# Who may look at its dashboards: P=$(openssl rand -hex 16); echo "$P"; openssl passwd -apr1 "$P"
+# monitoring = { user = "operator", password_hash = "what that prints" }
 
-ssh_public_keys = { operator = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIKwnvFCpm5vJ4dKtDh1eQ6VtDvsGyF2zPyLYlGvOEbVP" }
+# Who hears of alerts.
+# alerts = { webhook = "https://hooks.example.org/mini-llm" }
+
+# Who may log in; without it nobody can.
+# ssh_public_keys = { operator = "ssh-ed25519 …" }
 
 # cx33 holds a model of 8B; it costs 8.49 euros a month.
 server_type        = "cx33"

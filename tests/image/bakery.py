@@ -40,6 +40,7 @@ class Bakery:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,  # a terminal's Ctrl-C reaches it once, through who started it
         )
 
     def run(self, verb: str, *words: str) -> tuple[int, str, str]:

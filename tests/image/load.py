@@ -83,9 +83,12 @@ class Load:
                 for output in outputs:
                     output.unlink(missing_ok=True)
                 began_s = time.monotonic()
-                done = subprocess.run(command, capture_output=True, text=True, timeout=number * _TIMEOUT_S)
-                for line, output in zip(done.stdout.splitlines(), outputs, strict=True):
-                    self.seen.append(_read_curl(kind, way, began_s, line, output))
+                try:
+                    done = subprocess.run(command, capture_output=True, text=True, timeout=number * _TIMEOUT_S)
+                    for line, output in zip(done.stdout.splitlines(), outputs, strict=True):
+                        self.seen.append(_read_curl(kind, way, began_s, line, output))
+                except (subprocess.TimeoutExpired, OSError, ValueError) as error:
+                    self.seen.append(Asked(kind, way, f"curl: {error}"[:200], began_s, time.monotonic() - began_s))
                 over.wait(max(0.0, began_s + number * every_s - time.monotonic()))
 
     def _ask(self, client: httpx2.Client, kind: str, way: Way, send: Callable[..., int]) -> None:
@@ -96,11 +99,12 @@ class Load:
 
         try:
             tokens, end = send(client, {"sni_hostname": self.domain, "trace": trace}), "ok"
-        except (httpx2.HTTPError, httpx2.StreamError, ValueError, AssertionError) as error:
+        except Exception as error:  # whatever it was, the client did not get its answer
             tokens, end = 0, f"{type(error).__name__}: {error}"[:200]
         now_s = time.monotonic()
         connected_s = connecting.get("connection.start_tls.complete")
-        connect_s = connected_s - connecting["connection.connect_tcp.started"] if connected_s else None
+        begun_s = connecting.get("connection.connect_tcp.started")
+        connect_s = connected_s - begun_s if connected_s and begun_s else None
         self.seen.append(Asked(kind, way, end, began_s, now_s - began_s, tokens, connect_s))
 
     def _repeat(self, over: threading.Event, kind: str, way: Way, every_s: float, send: Callable[..., int]) -> None:
@@ -138,6 +142,8 @@ class Load:
             over.set()
             for thread in threads:
                 thread.join(_TIMEOUT_S)
+            asking = [thread for thread in threads if thread.is_alive()]
+            self.seen += [Asked("client", Way("", False, False), "it still waits", 0.0, _TIMEOUT_S) for _ in asking]
 
     def failed(self) -> list[Asked]:
         return [one for one in self.seen if one.end != "ok"]
@@ -150,7 +156,7 @@ class Load:
     def describe(self) -> str:
         """What is to be seen of it in one line a kind."""
         lines = []
-        for kind in ("stream", "short", "look"):
+        for kind in ("stream", "short", "look", "client"):
             mine = [one for one in self.seen if one.kind == kind]
             if not mine:
                 continue

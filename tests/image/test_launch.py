@@ -22,7 +22,17 @@ from tests.image.registry import make_certificate
 from tests.image.test_image import reachable_acme_server
 from tests.local_cloud.harness import LocalCloud
 
+_EXAMPLE = ROOT / "terraform" / "examples" / "llm.tfvars"
 _OF_THE_EXAMPLE = ("name", "domain", "api_keys")
+
+
+def fill_in_example(folder: Path) -> Path:
+    """The example's file with what it cannot be applied without."""
+    path = folder / "example.tfvars"
+    text = _EXAMPLE.read_text()
+    assert "the SHA-256 of a key of yours" in text
+    path.write_text(text.replace("the SHA-256 of a key of yours", api_key("alice")["sha256"]))
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +82,12 @@ def test_the_files_are_formatted_and_valid(program: str, tmp_path: Path, cloud: 
     with deployment(tmp_path, cloud, program, Path("/dev/null"), image_id=1, acme={"email": "a@example.org"}) as made:
         code, said = made.run("validate")
         assert code == 0, said
-        for example in (ROOT / "terraform" / "examples").glob("*.tfvars"):
-            code, said = made.run("plan", "-input=false", f"-var-file={example}")
-            assert code == 0, said
-            assert '"https://llm.example.org"' in said
+        code, said = made.run("plan", "-input=false", f"-var-file={_EXAMPLE}")
+        assert code == 1  # nothing of a stranger's is applied
+        assert "each with the SHA-256 of a key: 64 hexadecimal digits" in " ".join(said.replace("│", "").split())
+        code, said = made.run("plan", "-input=false", f"-var-file={fill_in_example(tmp_path)}")
+        assert code == 0, said
+        assert '"https://llm.example.org"' in said
         for values, message in (
             ({"domain": "LLM"}, "The domain must be a name"),
             ({"api_keys": []}, "There must be at least one of the api_keys"),
@@ -224,13 +236,13 @@ def test_with_an_ordered_certificate(cloud: LocalCloud, image: BoundImage, progr
 
 
 def test_the_example_as_it_is(cloud: LocalCloud, image: BoundImage, program: str, tmp_path: Path) -> None:
-    """Copied beside main.tf, with nothing else said but where certificates come from: it serves under its name."""
+    """Copied beside main.tf, a key's hash filled in, nothing else said but where certificates come from: it serves."""
     with reachable_acme_server(cloud, tmp_path) as (server, acme):
         root = tmp_path / "root.pem"
         server.write_root(root)
         with deployment(tmp_path, cloud, program, root, image_id=image.id, acme=acme) as made:
             made.values = {name: value for name, value in made.values.items() if name not in _OF_THE_EXAMPLE}
-            shutil.copy(ROOT / "terraform" / "examples" / "llm.tfvars", made.folder / "terraform.tfvars")
+            shutil.copy(fill_in_example(tmp_path), made.folder / "terraform.tfvars")
             code, said = made.run("apply", "-auto-approve", "-input=false", "-target=hcloud_floating_ip.service")
             assert code == 0, said
             [address] = [each.ip for each in cloud.client().floating_ips.get_all() if each.type == "ipv4"]

@@ -75,14 +75,16 @@ def running_cloud(folder: Path, *arguments: str, addresses: str = "198.19.0.0/24
     common = ["--state", str(state)]
     command = [sys.executable, "-m", "scripts.local_cloud", "run", *common]
     command += ["--port", str(port), "--addresses", addresses, *arguments]
-    cloud = LocalCloud(f"http://127.0.0.1:{port}/v1", state, _start(command, folder / "cloud.log"), command)
+    cloud = None
     try:
+        cloud = LocalCloud(f"http://127.0.0.1:{port}/v1", state, _start(command, folder / "cloud.log"), command)
         yield cloud
     finally:
         try:
-            cloud.stop()
+            if cloud is not None:
+                cloud.stop()
         finally:
-            if cloud.process.poll() is None:
+            if cloud is not None and cloud.process.poll() is None:
                 cloud.kill()
             subprocess.run(
                 [sys.executable, "-m", "scripts.local_cloud", "clean", *common],
@@ -98,16 +100,19 @@ def _start(command: list[str], log_path: Path) -> "subprocess.Popen[bytes]":
         begin = log.tell()
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     end_s = time.monotonic() + _START_TIMEOUT_S
-    while time.monotonic() < end_s:
-        text = log_path.read_bytes()[begin:].decode(errors="replace")
-        if re.search(r"^export HCLOUD_TOKEN=", text, re.MULTILINE):
-            return process
-        if process.poll() is not None:
-            raise AssertionError(f"the local cloud ended with {process.returncode}:\n{text}")
-        time.sleep(0.05)
-    process.kill()
-    process.wait()
-    raise AssertionError(f"the local cloud did not start within {_START_TIMEOUT_S:.0f} s")
+    try:
+        while time.monotonic() < end_s:
+            text = log_path.read_bytes()[begin:].decode(errors="replace")
+            if re.search(r"^export HCLOUD_TOKEN=", text, re.MULTILINE):
+                return process
+            if process.poll() is not None:
+                raise AssertionError(f"the local cloud ended with {process.returncode}:\n{text}")
+            time.sleep(0.05)
+        raise AssertionError(f"the local cloud did not start within {_START_TIMEOUT_S:.0f} s")
+    except BaseException:
+        process.kill()  # nobody else knows of it yet
+        process.wait()
+        raise
 
 
 def ssh(key: Path, address: str, command: str, patience_s: float = 30.0) -> str:

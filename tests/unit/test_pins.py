@@ -172,7 +172,7 @@ def test_a_digest_stands_in_one_file() -> None:
         for digest in re.findall(r"(?<![0-9a-f])(?:[0-9a-f]{64}|[0-9a-f]{32})(?![0-9a-f])", text):
             places[digest].add(name)
     example = "0123456789abcdef" * 4
-    assert places.pop(example) == {"cloud-init/node.yaml", "terraform/examples/llm.tfvars"}
+    assert places.pop(example) == {"cloud-init/node.yaml"}
     assert {digest: names for digest, names in places.items() if len(names) > 1} == {}
     assert {name for names in places.values() for name in names} >= {"image/pins.json", "service/models.json"}
 

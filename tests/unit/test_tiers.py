@@ -1,5 +1,6 @@
 """What a run tells at its end: each tier's counts and time, and each test that did not run with its reason."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,11 +36,7 @@ def test_tiers_are_told_with_what_did_not_run() -> None:
 
 def test_every_test_has_a_tier() -> None:
     """A new folder of tests needs a line in the table."""
-    assert "other" not in "".join(
-        summarize(
-            [
-                report(f"tests/{name}/test_x.py::x", "call", "passed")
-                for name in ("unit", "service", "local_cloud", "image", "bake")
-            ]
-        )
-    )
+    root = Path(__file__).resolve().parents[2]
+    files = [path.relative_to(root) for path in (root / "tests").rglob("test_*.py")]
+    assert len({path.parts[1] for path in files}) >= 6
+    assert "other" not in "".join(summarize([report(f"{path}::x", "call", "passed") for path in files]))
