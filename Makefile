@@ -2,8 +2,15 @@
 
 PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
-# What needs root is typed with sudo; the environment stays with whom the checkout belongs to.
-SET_UP = $(if $(SUDO_USER),sudo -u $(SUDO_USER)) $(PYTHON) scripts/setup_venv.py
+# What needs root is typed with sudo; what is made in the checkout stays with whom it belongs to.
+OWNER := $(filter-out UNKNOWN $(shell id -un),$(shell stat -c %U Makefile))
+AS_OWNER := $(if $(and $(OWNER),$(filter 0,$(shell id -u))),runuser -u $(OWNER) -- env HOME=$(shell getent passwd $(OWNER) | cut -d: -f6))
+SET_UP = $(AS_OWNER) $(PYTHON) scripts/setup_venv.py
+CHECK = $(AS_OWNER) $(VENV_PYTHON) -m ruff check --quiet . && $(AS_OWNER) $(VENV_PYTHON) -m mypy --no-error-summary
+ifneq ($(AS_OWNER),)
+export PYTHONDONTWRITEBYTECODE := 1
+GIVE_BACK = ; code=$$?; chown -R $(OWNER): .cache .pytest_cache 2>/dev/null; exit $$code
+endif
 TESTS ?= tests/unit tests/service tests/local_cloud tests/image tests/bake tests/nix
 # Programs that scripts/setup_host.py unpacked; what is installed comes first.
 export PATH := $(PATH):$(CURDIR)/.cache/debian/usr/bin
@@ -34,7 +41,7 @@ help:
 	@echo "make cloud   a Hetzner Cloud on this machine, for nothing (root; CLOUD= adds options);  make cloud-clean  remove it"
 	@echo "make test    run every test;  make unit  only the fast ones"
 	@echo "make test-faults  the whole fault plan of a bake, an hour or two (root; FAULTS= adds options)"
-	@echo "make test-launch-faults  the whole fault plan of an apply, about an hour (root, Terraform; FAULTS= adds options)"
+	@echo "make test-launch-faults  the whole fault plan of an apply, a quarter of an hour (root, Terraform; FAULTS= adds options)"
 	@echo "make bench   measure, as ratios in one run;  make bench-cloud, bench-image, bench-bake, bench-rollout  of cloud, node, bake, rollout (root)"
 	@echo "make pictures  the README's drawings and screenshots anew (root; PICTURES=drawings those alone)"
 	@echo "make train   train the starter model again (up to an hour)"
@@ -56,7 +63,7 @@ handover-key:
 demo:
 	@$(PYTHON) scripts/setup_host.py demo
 	@$(SET_UP) $(TEST_REQUIREMENTS)
-	@exec $(VENV_PYTHON) -m tests.demo
+	@$(VENV_PYTHON) -m tests.demo $(GIVE_BACK)
 
 cloud:
 	@$(SET_UP) scripts/requirements.txt
@@ -69,11 +76,11 @@ cloud-clean:
 test:
 	@$(PYTHON) scripts/setup_host.py test
 	@$(SET_UP) $(TEST_REQUIREMENTS)
-	@$(VENV_PYTHON) -m ruff check --quiet . && $(VENV_PYTHON) -m mypy --no-error-summary && $(VENV_PYTHON) -m pytest $(TESTS)
+	@$(CHECK) && $(VENV_PYTHON) -m pytest $(TESTS) $(GIVE_BACK)
 
 unit:
 	@$(SET_UP) $(TEST_REQUIREMENTS)
-	@$(VENV_PYTHON) -m ruff check --quiet . && $(VENV_PYTHON) -m mypy --no-error-summary && $(VENV_PYTHON) -m pytest tests/unit
+	@$(CHECK) && $(VENV_PYTHON) -m pytest tests/unit $(GIVE_BACK)
 
 test-faults:
 	@$(SET_UP) $(TEST_REQUIREMENTS)
@@ -105,7 +112,7 @@ bench-rollout:
 
 pictures:
 	@$(SET_UP) $(TEST_REQUIREMENTS)
-	@$(VENV_PYTHON) -m tests.pictures $(PICTURES)
+	@$(VENV_PYTHON) -m tests.pictures $(PICTURES) $(GIVE_BACK)
 
 train:
 	@$(SET_UP) $(TEST_REQUIREMENTS)
@@ -113,7 +120,7 @@ train:
 
 lint:
 	@$(SET_UP) $(TEST_REQUIREMENTS)
-	@$(VENV_PYTHON) -m ruff check . && $(VENV_PYTHON) -m mypy
+	@$(CHECK)
 
 # Exit code 2 where no list of weaknesses could be asked: then nothing was audited.
 audit:

@@ -37,14 +37,14 @@ _JUDGES = {
     "promtool": "prometheus",
     "shellcheck": "shellcheck",
 }
-_NEEDS = {"demo": {**CLOUD, **IMAGE, **_BUILD}, "test": {**CLOUD, **IMAGE, **_BUILD, **_JUDGES}}
+_NEEDS = {"demo": {**CLOUD, **IMAGE, **_BUILD, "hcloud": "hcloud-cli"}, "test": {**CLOUD, **IMAGE, **_BUILD, **_JUDGES}}
 _TO_UNPACK = ("docker-registry", "hcloud-cli", "pebble", "prometheus", "shellcheck")
 _OLDEST_GO = (1, 21)  # the first that fetches the version that a module asks for
 
 
 def find(program: str) -> bool:
     """Whether a program is there, installed or unpacked."""
-    return host.find_tool(program) is not None or (UNPACKED / "usr" / "bin" / program).exists()
+    return host.find_tool(program) is not None or os.access(UNPACKED / "usr" / "bin" / program, os.X_OK)
 
 
 def find_missing(needs: dict[str, str]) -> list[str]:
@@ -59,12 +59,12 @@ def find_missing(needs: dict[str, str]) -> list[str]:
 
 def is_yes() -> bool:
     """Whether it may install: it was told, or somebody at a terminal says so now."""
-    if os.environ.get("YES") == "1" or os.environ.get("CI"):
+    if os.environ.get("YES") == "1" or os.environ.get("CI") in ("1", "true"):
         return True
     if not sys.stdin.isatty():
         return False
     try:
-        return input("Install and unpack them now? [Y/n] ").strip().lower() in ("", "y", "yes")
+        return input("Do that now? [Y/n] ").strip().lower() in ("", "y", "yes")
     except (EOFError, KeyboardInterrupt):
         sys.exit("\nnothing was installed")
 
@@ -77,12 +77,16 @@ def run(*words: str, cwd: Path = ROOT) -> bool:
 
 def unpack(package: str) -> bool:
     """Whether a package now lies below ``.cache``, without being installed."""
-    folder = UNPACKED / package
+    folder = UNPACKED / f"{package}.draft"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     worked = run("apt-get", "-qq", "-o", "APT::Sandbox::User=root", "download", package, cwd=folder)
     for file in folder.glob("*.deb"):
-        worked = run("dpkg-deb", "-x", str(file), str(UNPACKED)) and worked
+        worked = run("dpkg-deb", "-x", str(file), str(folder)) and worked
+    if worked:
+        (UNPACKED / "usr" / "bin").mkdir(parents=True, exist_ok=True)
+        for program in (folder / "usr" / "bin").iterdir():
+            program.replace(UNPACKED / "usr" / "bin" / program.name)  # each is there whole, or not at all
     shutil.rmtree(folder)
     return worked
 
@@ -100,12 +104,21 @@ def main(goals: list[str]) -> int:
     if len(goals) != 1 or goals[0] not in _NEEDS:
         sys.exit(f"error: say what for: {' or '.join(_NEEDS)}")
     [goal] = goals
+    if goal == "demo" and os.geteuid() != 0:
+        print("error: servers are system containers, which only root can start: sudo make demo", file=sys.stderr)
+        print("  `make serve` runs the service alone, without root and without a cloud", file=sys.stderr)
+        return 1
     missing = find_missing(_NEEDS[goal])
     if not missing:
         return 0
     # Tests that lack something say by name that they did not run; a demo has nothing to show.
     code = 1 if goal == "demo" else 0
-    print(f"Not here, and wanted by `make {goal}`, from Debian's packages: {', '.join(missing)}", file=sys.stderr)
+    unpacked = [each for each in missing if each in _TO_UNPACK]
+    installed = [each for each in missing if each not in _TO_UNPACK]
+    print(f"Not here, and wanted by `make {goal}`, of Debian's packages:", file=sys.stderr)
+    for what, names in (("to install on this system", installed), ("to unpack below .cache", unpacked)):
+        if names:
+            print(f"  {what}: {', '.join(names)}", file=sys.stderr)
     if shutil.which("apt-get") is None or os.geteuid() != 0:
         where = "on Debian or Ubuntu" if shutil.which("apt-get") is None else "as root"
         print(f"They can be had {where}: sudo make {goal}", file=sys.stderr)
@@ -115,13 +128,16 @@ def main(goals: list[str]) -> int:
         return code
     if not run("apt-get", "-qq", "update"):
         print("error: Debian's package lists cannot be had; check the network", file=sys.stderr)
-    if "golang-go" in missing and go_is_too_old():
-        missing.remove("golang-go")
+    if "golang-go" in installed and go_is_too_old():
+        installed.remove("golang-go")
         print("This system's Go is too old; install Go 1.26 from go.dev by hand", file=sys.stderr)
-    failed = [each for each in missing if each in _TO_UNPACK and not unpack(each)]
     # One by one: one that this system does not have keeps no other away.
     apt_get = ["apt-get", "-qq", "install", "-y", "--no-install-recommends"]
-    failed += [each for each in missing if each not in _TO_UNPACK and not run(*apt_get, each)]
+    try:
+        failed = [each for each in unpacked if not unpack(each)]
+        failed += [each for each in installed if not run(*apt_get, each)]
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted; if a package was cut off, `sudo dpkg --configure -a` mends it")
     if failed:
         print(f"Could not be had: {', '.join(failed)}", file=sys.stderr)
     return code if find_missing(_NEEDS[goal]) else 0

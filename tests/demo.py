@@ -20,7 +20,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import psutil
 import requests
+from hcloud import APIException
 
 from scripts.handover_key import make_pair
 from scripts.local_cloud.machines.host import HostUnfit, check_host, check_image_tools, check_pool_tools
@@ -37,7 +39,7 @@ from tests.programs import ProgramMissing
 _FOLDER = ROOT / ".cache" / "demo"
 _ADDRESSES = "198.19.200.0/24"
 _REGISTRY = "https://registry-1.docker.io/v2/"
-_NEEDED_GB = 15
+_NEEDED_GB, _NEEDED_MEMORY_GB = 15, 3.5
 _END_WITHIN_S = 20.0
 _MARK = f"MINI_LLM_DEMO={_FOLDER}"  # in the environment of all that a demo begins
 _KEY = {name: value for name, value in api_key("alice").items() if name != "limits"}
@@ -80,9 +82,14 @@ def check_machine() -> None:
         check_pool_tools()
     except HostUnfit as error:
         raise CannotRun(str(error)) from error
-    free_gb = shutil.disk_usage(ROOT).free / 1e9
-    if free_gb < _NEEDED_GB:
-        raise CannotRun(f"it needs {_NEEDED_GB} GB of disk, {free_gb:.0f} are free")
+    # The checkout's disk holds the cloud, the home's what is built, /var the base image.
+    for place in (ROOT, Path.home(), Path("/var")):
+        free_gb = shutil.disk_usage(place).free / 1e9
+        if free_gb < _NEEDED_GB:
+            raise CannotRun(f"it needs {_NEEDED_GB} GB of disk, {free_gb:.0f} are free at {place}")
+    memory_gb = psutil.virtual_memory().available / 1e9
+    if memory_gb < _NEEDED_MEMORY_GB:
+        raise CannotRun(f"it needs {_NEEDED_MEMORY_GB} GB of memory, {memory_gb:.1f} are free")
 
 
 def has_registry() -> bool:
@@ -100,8 +107,17 @@ def has_provider(folder: Path) -> str | None:
         return None
     folder.mkdir()
     shutil.copy(ROOT / "terraform" / "versions.tf", folder)
-    done = subprocess.run([program, "init", "-input=false"], cwd=folder, capture_output=True, timeout=120)
-    return program if done.returncode == 0 else None
+    try:
+        done = subprocess.run(
+            [program, "init", "-input=false", "-no-color"], cwd=folder, capture_output=True, text=True, timeout=60
+        )
+    except subprocess.TimeoutExpired:
+        print(f"{program} init did not end within a minute.")
+        return None
+    if done.returncode:
+        show(f"{Path(program).name} init", "\n".join((done.stderr + done.stdout).strip().splitlines()[:6]))
+        return None
+    return program
 
 
 def show(command: str, said: str) -> None:
@@ -110,8 +126,8 @@ def show(command: str, said: str) -> None:
     print("".join(f"    {line}\n" for line in said.strip().splitlines()), end="", flush=True)
 
 
-def bake(bakery: Bakery) -> dict[str, Any]:
-    """What bake.py told of the image, which is verified and promoted now; its lines are shown as they come."""
+def bake(bakery: Bakery) -> tuple[dict[str, Any], list[str]]:
+    """What bake.py told of the image, which is verified and promoted now, and its lines, shown as they come."""
     print("$ python scripts/bake.py build --promote", flush=True)
     process = bakery.start("build", "--promote", "--json")
     assert process.stderr is not None
@@ -128,26 +144,30 @@ def bake(bakery: Bakery) -> dict[str, Any]:
         code = process.wait(120)
     if code:
         raise CannotRun(f"bake.py ended with {code}: {lines[-1].strip() if lines else 'it said nothing'}")
-    return dict(json.loads(told))
+    return json.loads(told), lines
+
+
+def ask(made: Deployment | ApiDeployment, path: str, *words: str) -> dict[str, Any]:
+    """What the service answers by its name, its certificate verified."""
+    address = made.outputs()["ipv4_address"]
+    command = ["curl", "-sS", "--fail-with-body", "--cacert", str(made.authority)]
+    command += ["--resolve", f"{DOMAIN}:443:{address}", "-H", f"Authorization: Bearer {KEYS['alice']}", *words]
+    done = subprocess.run([*command, f"https://{DOMAIN}{path}"], capture_output=True, text=True, timeout=60)
+    if done.returncode:
+        raise CannotRun(f"the service did not answer: {done.stdout}{done.stderr}")
+    return dict(json.loads(done.stdout))
+
+
+def read_version(made: Deployment | ApiDeployment) -> str:
+    """Of the image that serves."""
+    return str(ask(made, "/version")["image"]["version"])
 
 
 def answer(made: Deployment | ApiDeployment) -> str:
-    """The text of a generation by the service's name, its certificate verified."""
-    address = made.outputs()["ipv4_address"]
+    """The text of a generation."""
     body = json.dumps({"prompt": "What is mini-llm?"})
-    done = subprocess.run(
-        [
-            *("curl", "-sS", "--fail-with-body", "--cacert", str(made.authority)),
-            *("--resolve", f"{DOMAIN}:443:{address}", "-H", f"Authorization: Bearer {KEYS['alice']}"),
-            *("-H", "Content-Type: application/json", "-d", body, f"https://{DOMAIN}/generate"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    if done.returncode:
-        raise CannotRun(f"the service did not answer: {done.stdout}{done.stderr}")
-    text = str(json.loads(done.stdout)["response"]).strip()
+    told = ask(made, "/generate", "-H", "Content-Type: application/json", "-d", body)
+    text = str(told["response"]).strip()
     show(f"curl https://{DOMAIN}/generate -H 'Authorization: Bearer …' -d '{body}'", text)
     return text
 
@@ -221,7 +241,8 @@ def run_story(story: Story, ends: ExitStack) -> None:
         saw("real Debian servers in system containers, Packer and hcloud talk to it; Pebble signs certificates")
 
     with story.step("Bake the image") as saw:
-        first = bake(bakery)["image"]
+        told, _ = bake(bakery)
+        first = told["image"]
         saw(f"image {first['id']}, version {first['version']}, proved by booting it")
 
     made, roll_out = ends.enter_context(launching(bakery, program, server, acme, first["id"]))
@@ -234,8 +255,11 @@ def run_story(story: Story, ends: ExitStack) -> None:
 
     with story.step("Bake a second version") as saw:
         bakery.change("service/page/page.css", "\n/* the second version */\n")
-        second = bake(bakery)["image"]
-        saw(f"image {second['id']}, version {second['version']}; only the layer that changed was baked")
+        told, lines = bake(bakery)
+        second = told["image"]
+        [layers] = [line for line in lines if ": layers " in line]
+        baked = layers.partition(": layers ")[2].partition(";")[0]
+        saw(f"image {second['id']}, version {second['version']}; baked: {baked}")
 
     with story.step("Roll it out while clients stream") as saw:
         address = made.outputs()["ipv4_address"]
@@ -246,10 +270,18 @@ def run_story(story: Story, ends: ExitStack) -> None:
             show("the node's proof", prove_lines(roll_out(second["id"])))
         print(load.describe())
         load.print_failed(0.0)
+        for kind in ("stream", "look"):
+            if not any(one.kind == kind and one.end == "ok" for one in load.seen):
+                story.wrong.append(f"no request of kind {kind} was answered in the rollout")
+        serves = read_version(made)
+        if serves != second["version"]:
+            story.wrong.append(f"{serves} serves, not {second['version']}")
         ordered = server.log.read_text().count("Issued certificate serial") - before
         if load.failed():
             story.wrong.append(f"{len(load.failed())} requests failed in the rollout")
-        saw(f"{len(load.seen)} requests, {len(load.failed())} failed, {ordered} certificates ordered")
+        if ordered:
+            story.wrong.append("a certificate was ordered, which should have been taken over")
+        saw(f"{len(load.seen)} requests, {len(load.failed())} failed, {ordered} certificates ordered; {serves} serves")
 
     if isinstance(made, Deployment):
         with story.step("Has anything drifted?") as saw:
@@ -266,10 +298,11 @@ def run_story(story: Story, ends: ExitStack) -> None:
 
     if os.environ.get("KEEP") == "1":
         print(f"\nAll of it stays up until Ctrl-C. {made.outputs()['ipv4_address']} is {DOMAIN}:")
-        print(f"  curl --cacert {made.authority} --resolve {DOMAIN}:443:{made.outputs()['ipv4_address']} \\")
+        print(f"  curl --cacert '{made.authority}' --resolve {DOMAIN}:443:{made.outputs()['ipv4_address']} \\")
         print(f"    -H 'Authorization: Bearer {KEYS['alice']}' -H 'Content-Type: application/json' \\")
         print(f'    -d \'{{"prompt": "What is mini-llm?"}}\' https://{DOMAIN}/generate')
-        print(f"  export HCLOUD_ENDPOINT={bakery.cloud.endpoint} HCLOUD_TOKEN=local; hcloud server list")
+        hcloud = shutil.which("hcloud") or "hcloud"
+        print(f"  HCLOUD_ENDPOINT={bakery.cloud.endpoint} HCLOUD_TOKEN=local {hcloud} server list")
         with suppress(KeyboardInterrupt):
             signal.pause()
 
@@ -296,12 +329,12 @@ def clean() -> None:
         end_s = time.monotonic() + _END_WITHIN_S
         while find_marked() and time.monotonic() < end_s:
             time.sleep(0.2)
-    if _FOLDER.exists():
+    if _FOLDER.exists() or traces(_FOLDER / "cloud"):
         command = [sys.executable, "-m", "scripts.local_cloud", "clean", "--state", str(_FOLDER / "cloud")]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
         if done.returncode:
             raise CannotRun(f"what an earlier demo has left cannot be removed: {done.stderr.strip()}")
-        shutil.rmtree(_FOLDER)
+        shutil.rmtree(_FOLDER, ignore_errors=True)
 
 
 @contextmanager
@@ -324,49 +357,59 @@ def _stop(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+def find_left() -> list[str]:
+    """What of a demo is still on this machine."""
+    left = [f"{kind}: {', '.join(names)}" for kind, names in traces(_FOLDER / "cloud").items()]
+    processes = find_marked()
+    return left + ([f"processes: {', '.join(map(str, processes))}"] if processes else [])
+
+
 def tell_story(story: Story) -> None:
-    """The story from its beginning to a clean machine, then its table. Raises what `run_story` raises."""
-    begin_s = time.monotonic()
+    """The story from its beginning to a clean machine. Raises what `run_story` raises."""
     clean()
     _FOLDER.mkdir(parents=True)
+    begin_s = time.monotonic()
     try:
         with ExitStack() as ends:
             run_story(story, ends)
             print("\n=== Tear it down", flush=True)
-            down_s = time.monotonic()
+            begin_s = time.monotonic()
     finally:
-        left = traces(_FOLDER / "cloud")
-        shutil.rmtree(_FOLDER, ignore_errors=True)
-    story.lines.append(("Tear it down", time.monotonic() - down_s, f"left behind: {left or 'nothing'}"))
-    if left:
-        story.wrong.append(f"left behind: {left}")
-    story.print_table()
-    print(f"\nAll of it took {(time.monotonic() - begin_s) / 60:.1f} minutes.")
+        left = find_left()
+        if left:
+            story.wrong.append(f"left behind, and removed by the next demo: {'; '.join(left)}")
+        else:
+            shutil.rmtree(_FOLDER, ignore_errors=True)
+    story.lines.append(("Tear it down", time.monotonic() - begin_s, f"left behind: {'; '.join(left) or 'nothing'}"))
 
 
 def main() -> int:
-    """Exit code 0 if all was seen, 1 with the reason if not, 130 if interrupted; nothing is left in any case."""
+    """Exit code 0 if all was seen, 1 with the reason if not, 130 if interrupted; what is left then is told."""
     name, _, value = _MARK.partition("=")
     os.environ[name] = value
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(each, _stop)
-    story = Story()
+    story, code, begin_s = Story(), 0, time.monotonic()
     try:
         check_machine()
         with locked():
             tell_story(story)
+        story.print_table()
+        print(f"\nAll of it took {(time.monotonic() - begin_s) / 60:.1f} minutes.")
     except (CannotRun, ProgramMissing) as error:
         print(f"error: {error}\n  {_INSTEAD}", file=sys.stderr)
-        return 1
-    except AssertionError as error:  # the harness's word for what went wrong
+        code = 1
+    # An AssertionError is the harness's word for what went wrong.
+    except (AssertionError, OSError, subprocess.SubprocessError, requests.RequestException, APIException) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        code = 1
     except KeyboardInterrupt:
-        print("interrupted; nothing of it is left", file=sys.stderr)
-        return 130
+        code = 130
+        if not story.wrong:
+            print("interrupted; nothing of it is left", file=sys.stderr)
     for each in story.wrong:
         print(f"error: {each}", file=sys.stderr)
-    return 1 if story.wrong else 0
+    return code or (1 if story.wrong else 0)
 
 
 if __name__ == "__main__":

@@ -97,3 +97,25 @@ def test_one_demo_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         pytest.fail("both ran")
     with demo.locked():
         assert (tmp_path / "cache" / "demo.lock").exists()
+
+
+def test_what_is_left_is_told_however_it_ended(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """And the folder stays, by which the next demo finds it."""
+
+    def story(told: demo.Story, ends: ExitStack) -> None:
+        raise demo.CannotRun("the node does not serve")
+
+    monkeypatch.setattr(demo, "check_machine", lambda: None)
+    monkeypatch.setattr(demo, "clean", lambda: None)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    monkeypatch.delenv("MINI_LLM_DEMO", raising=False)
+    monkeypatch.setattr(demo, "run_story", story)
+    monkeypatch.setattr(demo, "traces", lambda state: {"namespaces": ["mlc-1"]})
+    monkeypatch.setattr(demo, "_FOLDER", tmp_path / "demo")
+    assert demo.main() == 1
+    said = capsys.readouterr().err
+    assert "error: the node does not serve" in said
+    assert "left behind, and removed by the next demo: namespaces: mlc-1" in said
+    assert (tmp_path / "demo").is_dir()

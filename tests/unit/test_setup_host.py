@@ -1,6 +1,7 @@
 """What of Debian's packages is wanted is told by name, and nothing is installed without a yes."""
 
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -34,7 +35,8 @@ def test_nothing_is_installed_without_a_yes(
     assert setup_host.main([goal]) == code
     assert quiet == []
     said = capsys.readouterr().err
-    assert "git, pebble" in said
+    assert "to install on this system: git\n" in said
+    assert "to unpack below .cache: pebble\n" in said
     assert f"make {goal} YES=1" in said
 
 
@@ -43,10 +45,12 @@ def test_who_is_not_root_is_told_to_be(
 ) -> None:
     """Even with a yes."""
     monkeypatch.setenv("YES", "1")
-    monkeypatch.setattr(setup_host.os, "geteuid", lambda: 1000)
-    assert setup_host.main(["demo"]) == 1
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert (setup_host.main(["demo"]), setup_host.main(["test"])) == (1, 0)
     assert quiet == []
-    assert "as root: sudo make demo" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "only root can start: sudo make demo\n  `make serve`" in said
+    assert "as root: sudo make test" in said
 
 
 def test_a_yes_installs_programs_and_unpacks_services(
@@ -69,6 +73,8 @@ def test_programs_are_looked_for_where_they_are_unpacked(monkeypatch: pytest.Mon
     assert setup_host.find_missing(needs) == ["hcloud-cli", "pebble"]
     (tmp_path / "usr" / "bin").mkdir(parents=True)
     (tmp_path / "usr" / "bin" / "pebble").write_text("")
+    assert setup_host.find_missing(needs) == ["hcloud-cli", "pebble"]  # cut off, for what it knows
+    (tmp_path / "usr" / "bin" / "pebble").chmod(0o755)
     assert setup_host.find_missing(needs) == ["hcloud-cli"]
 
 
@@ -88,3 +94,46 @@ def test_what_is_unpacked_is_wanted() -> None:
     """A name that nobody needs would be a slip."""
     packages = {package for needs in setup_host._NEEDS.values() for package in needs.values()}
     assert set(setup_host._TO_UNPACK) <= packages
+
+
+@pytest.mark.parametrize(("value", "yes"), [("true", True), ("1", True), ("false", False), ("0", False), ("", False)])
+def test_ci_is_a_yes_where_it_is_one(monkeypatch: pytest.MonkeyPatch, value: str, yes: bool) -> None:
+    """Some set it to false."""
+    monkeypatch.delenv("YES", raising=False)
+    monkeypatch.setenv("CI", value)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    assert setup_host.is_yes() is yes
+
+
+def test_an_interruption_is_told_without_a_traceback(
+    quiet: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And how to mend what it may have cut off."""
+
+    def stop(package: str) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("YES", "1")
+    monkeypatch.setattr(setup_host, "unpack", stop)
+    with pytest.raises(SystemExit, match="dpkg --configure -a"):
+        setup_host.main(["test"])
+
+
+def test_what_is_unpacked_is_there_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A program that was cut off is never found; the package's other files are not kept."""
+    monkeypatch.setattr(setup_host, "UNPACKED", tmp_path)
+
+    def run(*words: str, cwd: Path = tmp_path) -> bool:
+        if words[0] == "apt-get":
+            (cwd / "pebble_1.deb").write_text("")
+            return True
+        folder = Path(words[-1]) / "usr" / "bin"
+        folder.mkdir(parents=True)
+        (folder / "pebble").write_text("half")
+        return words[-1].endswith(".draft") and not failing
+
+    monkeypatch.setattr(setup_host, "run", run)
+    for failing in (True, False):
+        assert setup_host.unpack("pebble") is not failing
+        assert (tmp_path / "usr" / "bin" / "pebble").exists() is not failing
+    assert [each.name for each in tmp_path.iterdir()] == ["usr"]
