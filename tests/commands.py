@@ -60,7 +60,6 @@ COMMANDS = {
     ),
     "ssh -i ./cloud_key -o ConnectionAttempts=20 -o StrictHostKeyChecking=accept-new "
     "-o UserKnownHostsFile=./cloud_hosts root@$(hcloud server ip web-1)": f"{_CLIENTS}test_the_lines_of_the_readme",
-    "hcloud … list": f"{_CLIENTS}test_hcloud_cli",
     # Baking
     "export HCLOUD_TOKEN=…": f"{_BAKE}test_from_nothing_to_promoted",
     'make bake BAKE="--model llama-3-8b-instruct"': (
@@ -100,7 +99,14 @@ COMMANDS = {
         f"{_LAUNCH}test_destroy_leaves_the_protected_addresses_alone"
     ),
     "plan -out=": f"{_LAUNCH}test_records_are_named_as_the_zone_names_them",
-    "terraform import": f"{BY_HAND}for a state that was lost; no test imports yet",
+    "hcloud server list -l deployment=mini-llm": f"{_CLIENTS}test_hcloud_cli",
+    "hcloud floating-ip list": f"{_CLIENTS}test_hcloud_cli",
+    "terraform -chdir=terraform import 'hcloud_floating_ip.service[\"ipv4\"]' ID": (
+        f"{_LAUNCH}test_a_lost_state_is_made_anew_around_the_addresses"
+    ),
+    "terraform -chdir=terraform import 'hcloud_floating_ip.service[\"ipv6\"]' ID": (
+        f"{_LAUNCH}test_a_lost_state_is_made_anew_around_the_addresses"
+    ),
     ".venv/bin/python scripts/sweep.py": "tests/unit/test_sweep.py::test_it_tells_and_only_then_removes",
     ".venv/bin/python scripts/sweep.py --yes": (
         "tests/image/test_rollout.py::test_what_goes_wrong_leaves_the_old_node_serving"

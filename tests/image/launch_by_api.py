@@ -31,7 +31,6 @@ from tests.image.launch import generate
 from tests.local_cloud.harness import LocalCloud, wait_until_off
 
 _EVERYWHERE = ["0.0.0.0/0", "::/0"]
-_LABELS = {"product": "mini-llm", "deployment": "launch"}
 _PROOF_TIMEOUT_S = 400
 _STOP_TIMEOUT_S = 120.0
 
@@ -65,6 +64,7 @@ class ApiDeployment:
     network: BoundNetwork
     firewall: BoundFirewall
     ssh_key: BoundSSHKey
+    labels: dict[str, str]
     addresses: dict[str, BoundFloatingIP]
     node: BoundServer | None = None
 
@@ -81,7 +81,7 @@ class ApiDeployment:
     def roll_out(self, **facts: Any) -> Rollout:
         """Another node takes the place of the one that serves, if there is one.
 
-        Raises AssertionError with the reason if it is not proved: the old one serves on then, beside it.
+        Raises AssertionError with the reason if it is not proved; until the addresses have moved, the old one serves.
         """
         self.facts |= facts
         old, proof_key, at_s = self.node, f"mllm_{secrets.token_hex(32)}", [time.monotonic()]
@@ -118,7 +118,7 @@ class ApiDeployment:
             ssh_keys=[self.ssh_key],
             firewalls=[self.firewall],
             networks=[self.network],
-            labels={**_LABELS, "image": str(self.image_id)},
+            labels={**self.labels, "image": str(self.image_id)},
             location=Location(name="fsn1"),
             user_data=template.replace("${jsonencode(facts)}", json.dumps(facts)),
         )
@@ -157,31 +157,31 @@ def api_deployment(
 ) -> Iterator[ApiDeployment]:
     """Addresses, network and firewall, with no node yet; all of it is gone afterwards."""
     client, name = cloud.client(), f"launch-{secrets.token_hex(3)}"
-    undo = []
+    labels, undo = {"product": "mini-llm", "deployment": name}, []
     try:
-        key = client.ssh_keys.create(name, ssh_public_key, labels=_LABELS)
+        key = client.ssh_keys.create(name, ssh_public_key, labels=labels)
         undo.append(key.delete)
         rules = [
             FirewallRule(direction="in", protocol="tcp", port=port, source_ips=_EVERYWHERE, destination_ips=[])
             for port in ("22", "80", "443")
         ]
         rules.append(FirewallRule(direction="in", protocol="icmp", source_ips=_EVERYWHERE, destination_ips=[]))
-        firewall = client.firewalls.create(name, rules=rules, labels=_LABELS).firewall
+        firewall = client.firewalls.create(name, rules=rules, labels=labels).firewall
         undo.append(firewall.delete)
         subnet = NetworkSubnet(type="cloud", network_zone="eu-central", ip_range="10.77.0.0/24")
-        network = client.networks.create(name, "10.77.0.0/24", subnets=[subnet], labels=_LABELS)
+        network = client.networks.create(name, "10.77.0.0/24", subnets=[subnet], labels=labels)
         undo.append(network.delete)
         addresses = {}
         for kind in ("ipv4", "ipv6"):
             made = client.floating_ips.create(
-                kind, name=f"{name}-{kind}", home_location=Location(name="fsn1"), labels=_LABELS
+                kind, name=f"{name}-{kind}", home_location=Location(name="fsn1"), labels=labels
             )
             addresses[kind] = made.floating_ip
             undo.append(made.floating_ip.delete)
         everything = {"domain": DOMAIN, **facts}
-        yield ApiDeployment(folder, cloud, authority, everything, image_id, network, firewall, key, addresses)
+        yield ApiDeployment(folder, cloud, authority, everything, image_id, network, firewall, key, labels, addresses)
     finally:
-        for server in client.servers.get_all(label_selector="deployment=launch"):
+        for server in client.servers.get_all(label_selector=f"deployment={name}"):
             server.delete().wait_until_finished()
         end_s = time.monotonic() + 10
         while undo:

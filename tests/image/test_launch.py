@@ -205,6 +205,27 @@ def test_a_node_is_replaced_by_name(launched: Deployment) -> None:
     assert launched.node_names() != before
 
 
+def test_a_lost_state_is_made_anew_around_the_addresses(launched: Deployment) -> None:
+    """As OPERATING.md tells: what has the deployment's name goes, addresses are imported, an apply makes the rest."""
+    client, before = launched.cloud.client(), launched.outputs()
+    for path in launched.folder.glob("terraform.tfstate*"):
+        path.unlink()
+    for server in client.servers.get_all(label_selector="deployment=launch"):
+        server.delete().wait_until_finished()
+    assert client.networks.get_by_name("launch").delete()
+    assert client.firewalls.get_by_name("launch").delete()
+    for address in client.floating_ips.get_all():
+        place = f'hcloud_floating_ip.service["{address.type}"]'
+        code, said = launched.run("import", "-input=false", place, f"{address.id}")
+        assert code == 0, said
+    launched.apply()
+    after = launched.outputs()
+    assert after["ipv4_address"] == before["ipv4_address"]
+    assert after["ipv6_address"] == before["ipv6_address"]
+    assert launched.generate(after["ipv4_address"], KEYS["alice"]) == 200
+    assert launched.changes() == ""
+
+
 def test_destroy_leaves_the_protected_addresses_alone(launched: Deployment) -> None:
     """They go once somebody has said so, and then nothing is left."""
     told = launched.outputs()

@@ -11,6 +11,7 @@ import pytest
 from hcloud import APIException, Client
 from hcloud.actions import Action
 from hcloud.images import Image
+from hcloud.locations import Location
 from hcloud.server_types import ServerType
 from hcloud.servers import BoundServer
 from hcloud.ssh_keys import BoundSSHKey
@@ -116,6 +117,10 @@ def test_hcloud_cli(cloud: LocalCloud, client: Client, key: Path, known_key: Bou
     assert ssh(key, told["public_net"]["ipv4"]["ip"], "hostname").strip() == "cli"
     hcloud("server", "add-label", "cli", "made=by-hand")
     assert "made=by-hand" in hcloud("server", "list", "-o", "columns=name,labels")
+    assert "cli" in hcloud("server", "list", "-l", "made=by-hand")
+    address = client.floating_ips.create("ipv4", name="address-cli", home_location=Location(name="fsn1")).floating_ip
+    assert "address-cli" in hcloud("floating-ip", "list")
+    address.delete()
     hcloud("server", "poweroff", "cli")
     hcloud("server", "create-image", "--type", "snapshot", "--description", "by hand", "cli")
     assert "by hand" in hcloud("image", "list", "--type", "snapshot")
@@ -219,9 +224,7 @@ def test_terraform_plans_no_changes(cloud: LocalCloud, client: Client, tmp_path:
     def run(*words: str, name: str = "one", label: str = "first", code: int = 0) -> str:
         values = {"TF_VAR_name": name, "TF_VAR_label": label, "TF_VAR_image": str(image.id)}
         told = {**environment, **values, "TF_VAR_public_key": own_key.with_suffix(".pub").read_text()}
-        done = subprocess.run(
-            [terraform, *words], cwd=tmp_path, env=told, capture_output=True, text=True, timeout=300
-        )
+        done = subprocess.run([terraform, *words], cwd=tmp_path, env=told, capture_output=True, text=True, timeout=300)
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout
 
