@@ -193,6 +193,29 @@ def test_where_flows_would_be_cut_a_moment_without_answers_is_waited_for(
     assert ("2 of them are cut" in note) == cut
 
 
+def test_a_lost_call_does_not_end_the_waiting(tmp_path: Path) -> None:
+    """A takeover that is given up there would cut all answers."""
+    network = Network()
+    own = make(tmp_path, network)
+    own.board.tell(flows="cut")
+    lost = iter(["/sync", "/hold"])
+
+    class Losing:
+        missing: str | None = next(lost)
+
+        def tell(self, path: str, body: dict[str, Any] | None = None, timeout_s: float = 0) -> dict[str, Any]:
+            if path == self.missing and (path != "/hold" or body != {"seconds": 0}):
+                self.missing = next(lost, None)
+                raise takeover.Gone("it did not answer")
+            return network.tell(path, body, timeout_s)
+
+    network.events[30.0] = lambda: network.open.update(answers=0, connections=0)
+    losing = Losing()
+    own.wait_for_gap(losing)
+    assert losing.missing is None
+    assert 30 <= network.time_s <= 40
+
+
 def test_a_node_that_dies_is_waited_for_a_while(tmp_path: Path) -> None:
     """Then this one goes on alone; an interruption is none."""
     network = Network()

@@ -528,8 +528,8 @@ class Takeover:
         while True:
             if self.now_s() >= hold_s:
                 hold_s = self.now_s() + _HOLD_AGAIN_S
-                peer.tell("/hold", {"seconds": _HELD_S})
-            if is_so(told := self.sync(peer)) or self.now_s() >= end_s:
+                patiently(partial(peer.tell, "/hold", {"seconds": _HELD_S}), self.sleep)
+            if is_so(told := patiently(partial(self.sync, peer), self.sleep)) or self.now_s() >= end_s:
                 return told
             self.sleep(_LOOK_EVERY_S)
 
