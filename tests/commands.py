@@ -101,12 +101,6 @@ COMMANDS = {
     "plan -out=": f"{_LAUNCH}test_records_are_named_as_the_zone_names_them",
     "hcloud server list -l deployment=mini-llm": f"{_CLIENTS}test_hcloud_cli",
     "hcloud floating-ip list": f"{_CLIENTS}test_hcloud_cli",
-    "terraform -chdir=terraform import 'hcloud_floating_ip.service[\"ipv4\"]' ID": (
-        f"{_LAUNCH}test_a_lost_state_is_made_anew_around_the_addresses"
-    ),
-    "terraform -chdir=terraform import 'hcloud_floating_ip.service[\"ipv6\"]' ID": (
-        f"{_LAUNCH}test_a_lost_state_is_made_anew_around_the_addresses"
-    ),
     ".venv/bin/python scripts/sweep.py": "tests/unit/test_sweep.py::test_it_tells_and_only_then_removes",
     ".venv/bin/python scripts/sweep.py --yes": (
         "tests/image/test_rollout.py::test_what_goes_wrong_leaves_the_old_node_serving"
