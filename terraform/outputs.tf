@@ -23,6 +23,11 @@ output "node" {
   description = "The node that serves, and its own address."
 }
 
+output "image" {
+  value       = { id = var.image_id, version = var.image_version }
+  description = "What the node was made from; the version is what `bake.py promote` has told."
+}
+
 output "try" {
   value       = "curl -sS https://${var.domain}/generate -H \"Authorization: Bearer $KEY\" -H 'Content-Type: application/json' -d '{\"prompt\": \"What is mini-llm?\"}'"
   description = "A first request; KEY is a key whose hash is among the api_keys."

@@ -8,6 +8,12 @@ variable "image_id" {
   }
 }
 
+variable "image_version" {
+  type        = string
+  default     = null
+  description = "What that snapshot is called, for the output; `bake.py promote` writes it beside the id."
+}
+
 variable "domain" {
   type        = string
   description = "The name that the service is reached by; its address records, and those of monitoring.<domain>, point to the addresses in the outputs (dns_zone makes them)."

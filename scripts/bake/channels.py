@@ -106,7 +106,7 @@ def _record(channel: str, before: Snapshot | None, now: Snapshot, tree: Path) ->
     path = tfvars_file(tree, channel)
     kept = read_json(path)
     old = kept.get("image_id") if isinstance(kept, dict) else None
-    document = {**(kept if isinstance(kept, dict) else {}), "image_id": now.id}
+    document = {**(kept if isinstance(kept, dict) else {}), "image_id": now.id, "image_version": now.version}
     try:
         path.parent.mkdir(exist_ok=True)
         if kept != document:

@@ -78,7 +78,8 @@ def test_from_nothing_to_promoted(bakery: Bakery, first: dict[str, Any]) -> None
     assert not first["reused"]
     assert image["channels"] == {"stable": 1}
     assert image["verified_at"] is not None
-    assert json.loads((bakery.tree / "terraform/image.auto.tfvars.json").read_text()) == {"image_id": image["id"]}
+    told = json.loads((bakery.tree / "terraform/image.auto.tfvars.json").read_text())
+    assert told == {"image_id": image["id"], "image_version": image["version"]}
     told = bakery.tell("list")
     assert [each["layer"] for each in told["images"]] == ["stack", "service"]
     assert image["parent"] == str(told["images"][0]["id"])

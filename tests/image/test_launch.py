@@ -44,7 +44,8 @@ def launched(
     folder = tmp_path_factory.mktemp("launch")
     chain, key = make_certificate(folder, f"DNS:{DOMAIN}", f"DNS:monitoring.{DOMAIN}")
     certificate = {"chain": chain.read_text(), "key": key.read_text()}
-    with deployment(folder, cloud, program, chain, certificate=certificate, image_id=image.id) as made:
+    named = {"image_id": image.id, "image_version": "test-1"}  # as bake.py promote writes it
+    with deployment(folder, cloud, program, chain, certificate=certificate, **named) as made:
         yield made
 
 
@@ -115,6 +116,7 @@ def test_from_nothing(launched: Deployment) -> None:
     for address in (told["ipv4_address"], told["ipv6_address"]):
         assert launched.generate(address, KEYS["alice"]) == 200
     assert launched.generate(told["ipv4_address"], KEYS["berta"]) == 401
+    assert told["image"] == {"id": launched.values["image_id"], "version": "test-1"}
     assert launched.node_names() == [told["node"]["name"]]
     assert launched.changes() == ""
     for secret in (launched.values["certificate"]["key"].splitlines()[1], *KEYS.values()):

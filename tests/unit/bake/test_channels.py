@@ -31,7 +31,10 @@ def test_promote_and_rollback_walk_one_line(
     for image in (images[1], images[0]):
         rollback(cloud, "stable", tmp_path)
         assert held(cloud)[0] == image.id
-        assert json.loads(tfvars_file(tmp_path, "stable").read_text()) == {"image_id": image.id}
+        assert json.loads(tfvars_file(tmp_path, "stable").read_text()) == {
+            "image_id": image.id,
+            "image_version": image.version,
+        }
     with pytest.raises(Refused, match="the only one"):
         rollback(cloud, "stable", tmp_path)
     with pytest.raises(Refused, match="nobody holds"):
@@ -58,7 +61,10 @@ def test_promoting_the_holder_writes_no_label(
     way.calls.clear()
     promote(cloud, image, "stable", tmp_path)
     assert [call for call in way.calls if not call.startswith("GET")] == []
-    assert json.loads(tfvars_file(tmp_path, "stable").read_text()) == {"image_id": image.id}
+    assert json.loads(tfvars_file(tmp_path, "stable").read_text()) == {
+        "image_id": image.id,
+        "image_version": image.version,
+    }
 
 
 def test_the_file_keeps_what_else_stands_in_it_and_other_channels_have_their_own(
@@ -70,7 +76,11 @@ def test_the_file_keeps_what_else_stands_in_it_and_other_channels_have_their_own
     path.write_text('{"domain": "llm.example.org", "image_id": 1}')
     image = make_snapshot(**VERIFIED)
     promote(cloud, image, "stable", tmp_path)
-    assert json.loads(path.read_text()) == {"domain": "llm.example.org", "image_id": image.id}
+    assert json.loads(path.read_text()) == {
+        "domain": "llm.example.org",
+        "image_id": image.id,
+        "image_version": image.version,
+    }
     moved = promote(cloud, image, "beta", tmp_path)
     assert moved.file.name == "image.beta.tfvars.json"
     assert moved.lines()[-1].endswith("apply -var-file=image.beta.tfvars.json")
