@@ -30,7 +30,7 @@ from scripts.local_cloud.machines.network import tag_of, transfer_addresses
 from tests.image.acme import AcmeServer, running_acme_server
 from tests.image.bakery import Bakery, running_bakery
 from tests.image.harness import DOMAIN, ROOT
-from tests.image.launch import KEYS, Deployment, api_key, deployment
+from tests.image.launch import KEYS, Deployment, api_key, deployment, find_program
 from tests.image.launch_by_api import ApiDeployment, api_deployment
 from tests.image.load import Load, Way
 from tests.local_cloud.harness import make_key, traces
@@ -98,26 +98,6 @@ def has_registry() -> bool:
         return requests.get(_REGISTRY, timeout=5).status_code == 401  # it wants a token, as ever
     except requests.RequestException:
         return False
-
-
-def has_provider(folder: Path) -> str | None:
-    """Terraform or OpenTofu, if it can have the provider of terraform/versions.tf."""
-    program = shutil.which("terraform") or shutil.which("tofu")
-    if program is None:
-        return None
-    folder.mkdir()
-    shutil.copy(ROOT / "terraform" / "versions.tf", folder)
-    try:
-        done = subprocess.run(
-            [program, "init", "-input=false", "-no-color"], cwd=folder, capture_output=True, text=True, timeout=60
-        )
-    except subprocess.TimeoutExpired:
-        print(f"{program} init did not end within a minute.")
-        return None
-    if done.returncode:
-        show(f"{Path(program).name} init", "\n".join((done.stderr + done.stdout).strip().splitlines()[:6]))
-        return None
-    return program
 
 
 def show(command: str, said: str) -> None:
@@ -227,10 +207,10 @@ def run_story(story: Story, ends: ExitStack) -> None:
             print("No container registry answers: Traefik, Prometheus and Alertmanager are built from their Go modules")
             print("(once, some minutes); Grafana cannot be had so, and a page that says so stands in its place.")
         saw("containers " + ("built here, Grafana stood in for" if own_registry else "as pinned, from their registry"))
-        program = has_provider(_FOLDER / "provider")
+        program, why = find_program(_FOLDER)
         way = f"{Path(program).name} apply" if program else "the API"
         if program is None:
-            print("Terraform, or its provider, cannot be had: the same calls are made through the API instead.")
+            print(f"{why}: the same calls are made through the API instead.")
         saw(f"launched by {way}")
 
     with story.step("A Hetzner Cloud of this machine's own") as saw:

@@ -1,7 +1,6 @@
 """Integration tests of the image: one bake for all of them."""
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from hcloud.ssh_keys import BoundSSHKey
 from scripts.local_cloud.machines.host import HostUnfit, require_tools
 from scripts.setup_host import IMAGE
 from tests.image.harness import Node, bake, node
+from tests.image.launch import find_program
 from tests.local_cloud.conftest import host, key  # noqa: F401 - fixtures
 from tests.local_cloud.harness import LocalCloud, cut_off, running_cloud
 from tests.programs import ProgramMissing
@@ -70,10 +70,10 @@ def served(cloud: LocalCloud, image: BoundImage, known: BoundSSHKey, key: Path) 
         yield made
 
 
-@pytest.fixture(scope="module")
-def program() -> str:
-    """Terraform or OpenTofu, or a word that the tests did not run."""
-    found = shutil.which("terraform") or shutil.which("tofu")
+@pytest.fixture(scope="session")
+def program(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Terraform or OpenTofu with its provider, or a word that the tests did not run."""
+    found, why = find_program(tmp_path_factory.mktemp("provider"))
     if found is None:
-        pytest.skip("did not run: neither terraform nor tofu is installed")
+        pytest.skip(f"did not run: {why}")
     return found

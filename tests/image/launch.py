@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from tests.image.harness import DOMAIN, ROOT
 from tests.local_cloud.harness import LocalCloud
 
 APPLY_TIMEOUT_S = 600
+_INIT_TIMEOUT_S = 60
 MONITORING_HASH = "$apr1$f8Vn0cXw$ydb6HbE6kHTv.sEmvvcK/1"
 KEYS = {name: f"mllm_{name * 8}{'0' * 24}" for name in ("alice", "berta", "carla")}
 
@@ -133,6 +135,22 @@ def _words(authority: Path, key: str, timeout_s: float) -> list[str]:
 def _run_curl(command: list[str], timeout_s: float) -> int:
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s + 10)
     return int(done.stdout or 0)
+
+
+def find_program(folder: Path) -> tuple[str | None, str]:
+    """Terraform or OpenTofu, if it can have the provider of terraform/versions.tf; else None, and why."""
+    why = "neither terraform nor tofu is installed"
+    for program in filter(None, (shutil.which("terraform"), shutil.which("tofu"))):
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            shutil.copy(ROOT / "terraform" / "versions.tf", place)
+            try:
+                done = subprocess.run([program, "init"], cwd=place, capture_output=True, timeout=_INIT_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                done = None
+        if done is not None and done.returncode == 0:
+            return program, ""
+        why = "Terraform's provider hetznercloud/hcloud could not be had by terraform init"
+    return None, why
 
 
 @contextmanager

@@ -40,7 +40,7 @@ def ways(ipv4: str, ipv6: str) -> dict[str, list[tuple[Way, float]]]:
 
 @pytest.fixture(scope="module")
 def talkative_image(
-    cloud: LocalCloud, image: BoundImage, program: str, tmp_path_factory: pytest.TempPathFactory
+    program: str, cloud: LocalCloud, image: BoundImage, tmp_path_factory: pytest.TempPathFactory
 ) -> BoundImage:
     """The same with random weights, which seldom end an answer before they must."""
     cut_off(cloud)  # a bake fetches
@@ -260,7 +260,7 @@ def test_what_goes_wrong_leaves_the_old_node_serving(
 
 
 def test_where_the_firewall_drops_moved_flows(
-    cloud: LocalCloud, talkative_image: BoundImage, program: str, tmp_path: Path
+    program: str, cloud: LocalCloud, talkative_image: BoundImage, tmp_path: Path
 ) -> None:
     """The new node finds it out, and waits for a moment without answers; connections that begin meanwhile wait too."""
     with (
