@@ -1,8 +1,8 @@
 """Owns what of Debian's packages this checkout wants on its host: says what is missing, and gets it when it may.
 
 Used by the Makefile as ``python3 scripts/setup_host.py test``; needs nothing but Python itself. It installs as root
-only, and only after a yes, ``YES=1`` or in CI. Services (a registry, a certificate authority, Prometheus) are not
-installed but unpacked below ``.cache``: installed, they would start with the host.
+only, and only after a yes, ``YES=1`` or in CI. Services (a registry, Prometheus) are not installed but unpacked below
+``.cache``: installed, they would start with the host.
 """
 
 import importlib.util
@@ -38,7 +38,7 @@ _JUDGES = {
     "shellcheck": "shellcheck",
 }
 _NEEDS = {"demo": {**CLOUD, **IMAGE, **_BUILD, "hcloud": "hcloud-cli"}, "test": {**CLOUD, **IMAGE, **_BUILD, **_JUDGES}}
-_TO_UNPACK = ("docker-registry", "hcloud-cli", "pebble", "prometheus", "shellcheck")
+_TO_UNPACK = ("docker-registry", "prometheus")  # their programs need nothing but libc
 _OLDEST_GO = (1, 21)  # the first that fetches the version that a module asks for
 
 

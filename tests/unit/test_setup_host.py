@@ -23,7 +23,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     monkeypatch.setattr(setup_host, "go_is_too_old", lambda: False)
     monkeypatch.setattr(setup_host, "run", lambda *words, **_: ran.append(words) is None)
     monkeypatch.setattr(setup_host, "unpack", lambda package: ran.append(("unpack", package)) is None)
-    monkeypatch.setattr(setup_host, "find_missing", lambda needs: ["git", "pebble"])
+    monkeypatch.setattr(setup_host, "find_missing", lambda needs: ["docker-registry", "git"])
     return ran
 
 
@@ -36,7 +36,7 @@ def test_nothing_is_installed_without_a_yes(
     assert quiet == []
     said = capsys.readouterr().err
     assert "to install on this system: git\n" in said
-    assert "to unpack below .cache: pebble\n" in said
+    assert "to unpack below .cache: docker-registry\n" in said
     assert f"make {goal} YES=1" in said
 
 
@@ -59,8 +59,8 @@ def test_a_yes_installs_programs_and_unpacks_services(
     """A service that were installed would start with the host."""
     monkeypatch.setenv("YES", "1")
     assert setup_host.main(["test"]) == 0
-    assert [words[-1] for words in quiet] == ["update", "pebble", "git"]
-    assert quiet[1] == ("unpack", "pebble")
+    assert [words[-1] for words in quiet] == ["update", "docker-registry", "git"]
+    assert quiet[1] == ("unpack", "docker-registry")
     assert quiet[2][:2] == ("apt-get", "-qq")
 
 
