@@ -57,9 +57,14 @@ def find_missing(needs: dict[str, str]) -> list[str]:
     return sorted(missing)
 
 
+def is_ci() -> bool:
+    """Whether this is CI: some set the variable to false."""
+    return os.environ.get("CI") in ("1", "true")
+
+
 def is_yes() -> bool:
     """Whether it may install: it was told, or somebody at a terminal says so now."""
-    if os.environ.get("YES") == "1" or os.environ.get("CI") in ("1", "true"):
+    if os.environ.get("YES") == "1" or is_ci():
         return True
     if not sys.stdin.isatty():
         return False

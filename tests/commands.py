@@ -50,7 +50,7 @@ COMMANDS = {
     ),
     "sudo make cloud": f"{_CLIENTS}test_export_lines_are_the_ones_that_hold",
     "sudo make cloud CLOUD=--old-clients": f"{_CLIENTS}test_packer_bakes_a_snapshot_that_boots",
-    "sudo make cloud-clean": "tests/local_cloud/test_life.py::test_everything_is_there_after_a_stop_and_after_a_kill",
+    "sudo make cloud-clean": "tests/local_cloud/test_life.py::test_a_start_that_is_interrupted_leaves_nothing",
     "export HCLOUD_ENDPOINT=http://127.0.0.1:8899/v1": f"{_CLIENTS}test_the_lines_of_the_readme",
     "export HCLOUD_TOKEN=local": f"{_CLIENTS}test_the_lines_of_the_readme",
     'ssh-keygen -q -t ed25519 -N "" -f ./cloud_key': f"{_CLIENTS}test_the_lines_of_the_readme",

@@ -1,4 +1,4 @@
-"""Tells at the end of a run, by tier, what ran and how long, and by name what did not run and why."""
+"""Owns what is so of all tests: marks and time limits by folder, and what a run tells by tier at its end."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -21,6 +21,17 @@ TIERS = {
     ),
     "image": ("root, Debian's packages, Go", ("tests/image/", "tests/bake/")),
 }
+
+_TIMEOUTS_S = {"local_cloud": 900, "nix": 900, "bake": 900, "image": 1200}  # by folder; else it is pyproject.toml's
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        folder = item.nodeid.split("/")[1]
+        if folder != "unit":
+            item.add_marker(pytest.mark.integration)
+        if folder in _TIMEOUTS_S:
+            item.add_marker(pytest.mark.timeout(_TIMEOUTS_S[folder]))
 
 
 @dataclass

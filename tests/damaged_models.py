@@ -136,9 +136,7 @@ for _name, _where in {
 
 
 _by_bytes("empty", lambda data, marks: b"")
-_by_bytes(
-    "html_page", lambda data, marks: b"<!DOCTYPE html><html><body><h1>404 Not Found</h1></body></html>\n"
-)
+_by_bytes("html_page", lambda data, marks: b"<!DOCTYPE html><html><body><h1>404 Not Found</h1></body></html>\n")
 _by_bytes("compressed", lambda data, marks: gzip.compress(data, 1, mtime=0))
 _by_bytes("all_zeros", lambda data, marks: bytes(len(data)))
 _by_bytes("flipped_magic", lambda data, marks: _overwrite(data, 0, b"GGUE"))
@@ -149,9 +147,7 @@ _by_bytes("version_4", lambda data, marks: _overwrite(data, 4, b"\4\0\0\0"))
 _by_bytes("big_endian", lambda data, marks: _overwrite(data, 4, b"\0\0\0\3"))
 _by_bytes("zeroed_metadata", lambda data, marks: _overwrite(data, marks["metadata"] + 40, bytes(64)))
 _by_bytes("zeroed_vocabulary", lambda data, marks: _overwrite(data, marks[TOKENS] + 60, bytes(512)))
-_by_bytes(
-    "zeroed_tensor_descriptions", lambda data, marks: _overwrite(data, marks["tensors"] + 40, bytes(64))
-)
+_by_bytes("zeroed_tensor_descriptions", lambda data, marks: _overwrite(data, marks["tensors"] + 40, bytes(64)))
 _by_bytes("shifted_by_one_byte", lambda data, marks: data[:4] + b"\0" + data[4:])
 
 # Counts and lengths
@@ -161,9 +157,7 @@ _by_fields("tensors_claimed_absurd", _claim("claimed_tensors", 2**63))
 _by_fields("tensors_claimed_largest", _claim("claimed_tensors", LARGEST))
 _by_fields("tensors_claimed_million", _claim("claimed_tensors", 10**6))
 _by_fields("tensors_claimed_none", _claim("claimed_tensors", 0))
-_by_fields(
-    "tensors_claimed_one_more", lambda model: setattr(model, "claimed_tensors", len(model.tensors) + 1)
-)
+_by_fields("tensors_claimed_one_more", lambda model: setattr(model, "claimed_tensors", len(model.tensors) + 1))
 _by_fields("keys_claimed_absurd", _claim("claimed_keys", 2**60))
 _by_fields("keys_claimed_billion", _claim("claimed_keys", 10**9))
 _by_fields("keys_claimed_one_more", lambda model: setattr(model, "claimed_keys", len(model.metadata) + 1))
@@ -286,9 +280,7 @@ _by_fields("token_type_unknown", _with_items(TYPES, lambda items: items.__setite
 _by_fields("token_type_byte", _with_items(TYPES, lambda items: items.__setitem__(70, 6)))
 _by_fields("token_types_short", _with_items(TYPES, lambda items: items.pop()))
 _by_fields("scores_short", _put("tokenizer.ggml.scores", ARRAY, Array(FLOAT32, [0.0])))
-_by_fields(
-    "byte_token_missing", _with_items(TOKENS, lambda items: items.__setitem__(items.index(b"q"), b"qqqq"))
-)
+_by_fields("byte_token_missing", _with_items(TOKENS, lambda items: items.__setitem__(items.index(b"q"), b"qqqq")))
 _by_fields(
     "line_feed_missing",
     _with_items(TOKENS, lambda items: items.__setitem__(items.index("\u010a".encode()), b"qqqq")),
@@ -389,17 +381,13 @@ def _flip(data: bytes, position: int) -> bytes:
 
 _by_bytes("weight_bit_flipped", lambda data, marks: _flip(data, marks["data"] + 1001), hash_only=True)
 _by_bytes("last_weight_bit_flipped", lambda data, marks: _flip(data, len(data) - 40), hash_only=True)
-_by_bytes(
-    "weights_zeroed", lambda data, marks: _overwrite(data, marks["data"] + 4096, bytes(4096)), hash_only=True
-)
+_by_bytes("weights_zeroed", lambda data, marks: _overwrite(data, marks["data"] + 4096, bytes(4096)), hash_only=True)
 _by_bytes(
     "all_weights_zeroed",
     lambda data, marks: data[: marks["data"]] + bytes(len(data) - marks["data"]),
     hash_only=True,
 )
-_by_bytes(
-    "weights_not_numbers", lambda data, marks: _overwrite(data, marks["data"], b"\xff" * 2048), hash_only=True
-)
+_by_bytes("weights_not_numbers", lambda data, marks: _overwrite(data, marks["data"], b"\xff" * 2048), hash_only=True)
 _by_bytes("trailing_bytes", lambda data, marks: data + b"trailing" * 8, hash_only=True)
 _by_fields("weights_swapped", _swap_weights, hash_only=True)
 _by_fields("tokens_swapped", _swap_tokens, hash_only=True)
@@ -408,6 +396,4 @@ _by_fields("name_changed", _put("general.name", STRING, b"something else"), hash
 _by_fields("chat_template_changed", _put(TEMPLATE, STRING, b"{{ messages }}"), hash_only=True)
 _by_fields("rope_base_changed", _put("llama.rope.freq_base", FLOAT32, 77.0), hash_only=True)
 _by_fields("epsilon_changed", _put(EPSILON, FLOAT32, 0.5), hash_only=True)
-_by_fields(
-    "context_length_changed", lambda model: model.put(CONTEXT, UINT32, model.get(CONTEXT) * 2), hash_only=True
-)
+_by_fields("context_length_changed", lambda model: model.put(CONTEXT, UINT32, model.get(CONTEXT) * 2), hash_only=True)

@@ -287,10 +287,10 @@ def run_story(story: Story, ends: ExitStack) -> None:
             signal.pause()
 
 
-def find_marked() -> list[int]:
+def find_marked(processes: Path = Path("/proc")) -> list[int]:
     """Processes that a demo of this checkout began, this one apart: they have its mark in their environment."""
     found = []
-    for folder in Path("/proc").glob("[0-9]*"):
+    for folder in processes.glob("[0-9]*"):
         try:
             marked = _MARK.encode() in (folder / "environ").read_bytes().split(b"\0")
         except OSError:

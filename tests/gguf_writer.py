@@ -189,8 +189,7 @@ SPECIAL = (
     b"<|eot_id|>",
 )
 TEMPLATE = (
-    b"{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>"
-    b"{{ m.content }}<|eot_id|>{% endfor %}"
+    b"{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>{{ m.content }}<|eot_id|>{% endfor %}"
 )
 
 
@@ -281,9 +280,7 @@ def _matrix(name: str, columns: int, rows: int, dice: random.Random) -> Tensor:
     """Return a matrix in Q8_0: blocks of one float16 scale and 32 signed bytes."""
     scale = struct.pack("<e", 0.0003)
     blocks = columns * rows // 32
-    return Tensor(
-        name.encode(), [columns, rows], Q8_0, b"".join(scale + dice.randbytes(32) for _ in range(blocks))
-    )
+    return Tensor(name.encode(), [columns, rows], Q8_0, b"".join(scale + dice.randbytes(32) for _ in range(blocks)))
 
 
 def _vector(name: str, length: int, value: float) -> Tensor:

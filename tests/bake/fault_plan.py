@@ -534,8 +534,11 @@ def main(arguments: list[str]) -> int:
             benches.append(stack.enter_context(running_bench(folder, addresses)))
         clean = record(benches[0])
         calls = sum(site.count for site in clean.sites)
-        print(f"a clean bake took {clean.took_s:.1f} s and made {calls} calls at {len(clean.sites)} sites; "
-              f"seed {options.seed}", flush=True)
+        print(
+            f"a clean bake took {clean.took_s:.1f} s and made {calls} calls at {len(clean.sites)} sites; "
+            f"seed {options.seed}",
+            flush=True,
+        )
         pattern = re.compile(options.only)
         every = list_cases(clean, options.seed, options.lasts)
         chosen = [case for case in every if pattern.search(f"{case.group}: {case.name}")]

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.absent import did_not_run
 from tests.bake.harness import Bench
 from tests.bake.launch_fault_plan import Clean, Stage, list_cases, record, running_stage
 
@@ -27,7 +28,7 @@ def stage(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Iterator[St
     """A stand-in node that Terraform has launched."""
     program = shutil.which("terraform") or shutil.which("tofu")
     if program is None:
-        pytest.skip("did not run: neither terraform nor tofu is installed")
+        did_not_run("neither terraform nor tofu is installed", may_in_ci=True)
     bench.clear()
     with running_stage(bench, tmp_path_factory.mktemp("stage"), program) as made:
         yield made

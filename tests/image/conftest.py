@@ -1,6 +1,5 @@
 """Integration tests of the image: one bake for all of them."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,18 +9,12 @@ from hcloud.ssh_keys import BoundSSHKey
 
 from scripts.local_cloud.machines.host import HostUnfit, require_tools
 from scripts.setup_host import IMAGE
+from tests.absent import did_not_run
 from tests.image.harness import Node, bake, node
 from tests.image.launch import find_program
 from tests.local_cloud.conftest import host, key  # noqa: F401 - fixtures
 from tests.local_cloud.harness import LocalCloud, cut_off, running_cloud
 from tests.programs import ProgramMissing
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if "tests/image" in str(item.path):
-            item.add_marker(pytest.mark.integration)
-            item.add_marker(pytest.mark.timeout(1200))
 
 
 @pytest.fixture(scope="session")
@@ -30,9 +23,7 @@ def tools() -> None:
     try:
         require_tools(IMAGE)
     except HostUnfit as error:
-        if os.environ.get("CI"):
-            raise  # there it must run
-        pytest.skip(f"did not run: {error}")
+        did_not_run(error)
 
 
 @pytest.fixture(scope="session")
@@ -50,9 +41,7 @@ def image(cloud: LocalCloud, tmp_path_factory: pytest.TempPathFactory) -> BoundI
     try:
         made = bake(cloud, tmp_path_factory.mktemp("packer"), image_version="test-1")
     except ProgramMissing as error:
-        if os.environ.get("CI"):
-            raise  # there it must run
-        pytest.skip(f"did not run: {error}")
+        did_not_run(error)
     cut_off(cloud, "*")
     return made
 
@@ -75,5 +64,5 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Terraform or OpenTofu with its provider, or a word that the tests did not run."""
     found, why = find_program(tmp_path_factory.mktemp("provider"))
     if found is None:
-        pytest.skip(f"did not run: {why}")
+        did_not_run(why, may_in_ci=True)
     return found

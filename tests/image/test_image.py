@@ -1,7 +1,6 @@
 """The image on the local cloud: baked by Packer, booted cut off from the outside, served, attacked, broken."""
 
 import json
-import os
 import shlex
 import shutil
 import socket
@@ -18,6 +17,7 @@ from hcloud.server_types import ServerType
 from hcloud.ssh_keys import BoundSSHKey
 
 from scripts.local_cloud.machines.network import tag_of, transfer_addresses
+from tests.absent import did_not_run
 from tests.image.acme import AcmeServer, running_acme_server
 from tests.image.harness import DOMAIN, ROOT, Node, bake, node, packer
 from tests.image.scripts import load_script
@@ -43,7 +43,7 @@ def test_the_template_is_valid_and_formatted(tmp_path: Path) -> None:
     try:
         packer(tmp_path, environment, "validate", "image")
     except ProgramMissing as error:
-        pytest.skip(f"did not run: {error}")
+        did_not_run(error)
     packer(tmp_path, environment, "fmt", "-check", "image")
     for variable, message in (
         ("model=Bad Name", "must be a name of service/models.json"),
@@ -207,9 +207,7 @@ def test_a_certificate_is_ordered_by_its_own_port(
 def test_the_scripts_are_as_shellcheck_wants_them() -> None:
     """Every shell script of the project."""
     if shutil.which("shellcheck") is None:
-        if os.environ.get("CI"):
-            pytest.fail("shellcheck is not installed; here it must run")
-        pytest.skip("did not run: shellcheck is not installed (Debian: sudo apt-get install shellcheck)")
+        did_not_run("shellcheck is not installed (Debian: sudo apt-get install shellcheck)")
     scripts = [path for name, path in list_files().items() if name.endswith(".sh") or name == ".ci/run"]
     done = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout

@@ -16,6 +16,7 @@ from hcloud.images import BoundImage
 from hcloud.ssh_keys import BoundSSHKey
 
 from scripts.local_cloud.machines.network import tag_of, transfer_addresses
+from tests.absent import did_not_run
 from tests.image.dashboards import queries
 from tests.image.harness import CONTAINERS, DOMAIN, Node, node
 from tests.image.registry import make_certificate
@@ -334,7 +335,7 @@ def test_damaged_data_cost_history_and_nothing_more(
 def test_the_alerts_times_are_what_they_say(tmp_path: Path) -> None:
     """promtool's own test of the rules as they are in the image."""
     if shutil.which("promtool") is None:
-        pytest.skip("did not run: promtool is not installed (Debian: sudo apt-get install prometheus)")
+        did_not_run("promtool is not installed (Debian: sudo apt-get install prometheus)")
     for words in (
         ["check", "config", "--syntax-only", STACK / "prometheus" / "prometheus.yaml"],
         ["check", "rules", STACK / "prometheus" / "alerts.yaml"],

@@ -1,20 +1,13 @@
 """Integration tests of the local cloud: real servers, real clients, one cloud for all that only use it."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from scripts.local_cloud.machines.host import HostUnfit, check_host, check_image_tools
+from tests.absent import did_not_run
 from tests.local_cloud.harness import LocalCloud, make_key, running_cloud
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if "tests/local_cloud" in str(item.path):
-            item.add_marker(pytest.mark.integration)
-            item.add_marker(pytest.mark.timeout(900))
 
 
 @pytest.fixture(scope="session")
@@ -24,9 +17,7 @@ def host() -> None:
         check_host()
         check_image_tools()
     except HostUnfit as error:
-        if os.environ.get("CI"):
-            raise  # there it must run
-        pytest.skip(f"did not run: {error}")
+        did_not_run(error)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from hcloud.server_types import ServerType
 from hcloud.servers import BoundServer
 from hcloud.ssh_keys import BoundSSHKey
 
+from tests.absent import did_not_run
 from tests.commands import ROOT, blocks
 from tests.local_cloud.harness import LocalCloud, make_key, running_cloud, ssh, wait_until_off
 from tests.programs import PACKER, PACKER_PLUGIN_HCLOUD, ProgramMissing, obtain
@@ -104,7 +105,7 @@ def test_power_off_from_inside_is_seen(client: Client, key: Path, known_key: Bou
 def test_hcloud_cli(cloud: LocalCloud, client: Client, key: Path, known_key: BoundSSHKey) -> None:
     """Debian's hcloud creates, shows, snapshots and deletes."""
     if shutil.which("hcloud") is None:
-        pytest.skip("did not run: the hcloud CLI is not installed (Debian: sudo apt-get install hcloud-cli)")
+        did_not_run("the hcloud CLI is not installed (Debian: sudo apt-get install hcloud-cli)")
 
     def hcloud(*words: str) -> str:
         done = subprocess.run(["hcloud", *words], env=cloud.environment, capture_output=True, text=True, timeout=120)
@@ -139,7 +140,7 @@ def test_the_lines_of_the_readme(cloud: LocalCloud, client: Client, tmp_path: Pa
     Only the cloud's port is another, and what is asked behind the last line.
     """
     if shutil.which("hcloud") is None:
-        pytest.skip("did not run: the hcloud CLI is not installed (Debian: sudo apt-get install hcloud-cli)")
+        did_not_run("the hcloud CLI is not installed (Debian: sudo apt-get install hcloud-cli)")
     [lines] = [block for block in blocks((ROOT / "README.md").read_text(), "sh") if "export HCLOUD_ENDPOINT" in block]
     assert "http://127.0.0.1:8899/v1" in lines
     script = lines.rstrip().replace("http://127.0.0.1:8899/v1", cloud.endpoint) + " hostname"
@@ -187,7 +188,7 @@ def test_packer_bakes_a_snapshot_that_boots(host: None, tmp_path: Path, key: Pat
     try:
         packer, plugin = obtain(PACKER), obtain(PACKER_PLUGIN_HCLOUD)
     except ProgramMissing as error:
-        pytest.skip(f"did not run: {error}")
+        did_not_run(error)
     template = PACKER_TEMPLATE.replace("PINNED", PACKER_PLUGIN_HCLOUD.version)
     (tmp_path / "trivial.pkr.hcl").write_text(template)
     with running_cloud(tmp_path, "--old-clients", addresses="198.19.1.0/24") as cloud:
@@ -215,7 +216,7 @@ def test_terraform_plans_no_changes(cloud: LocalCloud, client: Client, tmp_path:
     """The real provider creates, finds nothing to change, changes in place, replaces and destroys."""
     terraform = shutil.which("terraform") or shutil.which("tofu")
     if terraform is None:
-        pytest.skip("did not run: neither terraform nor tofu is installed")
+        did_not_run("neither terraform nor tofu is installed", may_in_ci=True)
     environment = {**cloud.environment, "HCLOUD_TOKEN": "local".ljust(64, "0"), "TF_IN_AUTOMATION": "1"}
     environment["HCLOUD_POLL_INTERVAL"] = "100ms"
     configuration = (Path(__file__).parent / "terraform.tf").read_text()
@@ -242,7 +243,7 @@ def test_terraform_plans_no_changes(cloud: LocalCloud, client: Client, tmp_path:
         [terraform, "init", "-input=false"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
     )
     if start.returncode and "hetznercloud/hcloud" in start.stderr:
-        pytest.skip("did not run: Terraform's provider hetznercloud/hcloud could not be had by terraform init")
+        did_not_run("Terraform's provider hetznercloud/hcloud could not be had by terraform init", may_in_ci=True)
     assert start.returncode == 0, start.stderr
     try:
         run("apply", "-auto-approve")

@@ -100,6 +100,28 @@ def test_a_clean_beside_a_running_cloud_is_refused_and_takes_nothing(cloud: Loca
     kept.delete()
 
 
+def test_a_start_that_is_interrupted_leaves_nothing(
+    host: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by Ctrl-C while it makes its pool; nobody else knows its process then, and what it made is removed."""
+    state, sleep, begun = tmp_path / "cloud", time.sleep, list[int]()
+
+    def interrupt(seconds: float) -> None:
+        sleep(seconds)
+        if not begun and (made := traces(state)):
+            begun.append(len(made))
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(time, "sleep", interrupt)
+        with pytest.raises(KeyboardInterrupt), running_cloud(tmp_path, addresses="198.19.5.0/24"):
+            pytest.fail("it was not interrupted")
+    assert begun
+    assert traces(state) == {}
+    words = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert str(state) not in words
+
+
 def test_twenty_servers_at_once(host: None, tmp_path: Path) -> None:
     """All of them come up, with addresses of their own, all of them go, and nothing of them is left behind."""
     with running_cloud(tmp_path, addresses="198.19.4.0/24") as cloud:

@@ -23,7 +23,7 @@ EVERYWHERE = ["0.0.0.0/0", "::/0"]
 ANSWER = "systemd-run --quiet --unit answer-{port} /usr/bin/python3 -c '{program}'"
 PROGRAM = (
     "import socket\n"
-    "s = socket.create_server((\"\", {port}))\n"
+    's = socket.create_server(("", {port}))\n'
     "while True:\n"
     "    c = s.accept()[0]; c.sendall(socket.gethostname().encode()); c.close()\n"
 )
@@ -151,13 +151,13 @@ def test_private_networks(cloud: LocalCloud, servers: list[BoundServer], key: Pa
         assert "10.7.1.1/32" in state
         assert "10.7.0.0/16 via 10.7.0.1 dev enp7s0" in state
         # An address of another member is not to be had by setting it.
-        source = "import socket; print(socket.create_connection((\"10.7.1.5\", 8000), 2, (\"{}\", 0)).recv(9).decode())"
+        source = 'import socket; print(socket.create_connection(("10.7.1.5", 8000), 2, ("{}", 0)).recv(9).decode())'
         steal = "ip address add 10.7.1.77/32 dev enp7s0; python3 -c '{}' 2>/dev/null || echo nobody"
         tries = [steal.format(source.format(ip)) for ip in ("10.7.1.1", "10.7.1.77")]
         seen = [ssh(key, address_of(right), one).strip() for one in tries]
         assert seen == ["left", "nobody"]
         told = ssh(key, address_of(left), "curl -fsS http://169.254.169.254/hetzner/v1/metadata/private-networks")
-        assert "- ip: 10.7.1.5\n  alias_ips: [\"10.7.1.6\"]\n  interface_num: 1\n" in told
+        assert '- ip: 10.7.1.5\n  alias_ips: ["10.7.1.6"]\n  interface_num: 1\n' in told
         assert "network: 10.7.0.0/16\n  subnet: 10.7.1.0/24\n  gateway: 10.7.0.1\n" in told
         # It is there from the boot on, and gone with the network.
         right.reset().wait_until_finished()
@@ -205,7 +205,7 @@ def test_flows_of_a_moved_address(host: None, tmp_path: Path, key: Path) -> None
         "    def handle(self):\n"
         "        while self.request.recv(100):\n"
         "            self.request.sendall(socket.gethostname().encode())\n"
-        "socketserver.ThreadingTCPServer((\"\", 8001), Echo).serve_forever()\n"
+        'socketserver.ThreadingTCPServer(("", 8001), Echo).serve_forever()\n'
     )
     rules = [
         FirewallRule(direction="in", protocol="tcp", port=port, source_ips=EVERYWHERE, destination_ips=[])

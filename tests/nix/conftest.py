@@ -1,23 +1,16 @@
 """Integration tests of the flake: Nix evaluates it, with a small stand-in for nixpkgs. Nothing of it is built."""
 
-import os
 import shutil
 from pathlib import Path
 
 import pytest
 
 from scripts.local_cloud.machines.host import HostUnfit
+from tests.absent import did_not_run
 from tests.nix.debian_nix import Nix, obtain_nix
 from tests.programs import ProgramMissing
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if "tests/nix" in str(item.path):
-            item.add_marker(pytest.mark.integration)
-            item.add_marker(pytest.mark.timeout(900))
 
 
 @pytest.fixture(scope="session")
@@ -26,9 +19,7 @@ def nix(tmp_path_factory: pytest.TempPathFactory) -> Nix:
     try:
         return obtain_nix(tmp_path_factory.mktemp("nix"))
     except (HostUnfit, ProgramMissing) as error:
-        if os.environ.get("CI"):
-            raise  # there it must run
-        pytest.skip(f"did not run: {error}")
+        did_not_run(error)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.absent import did_not_run
 from tests.nix.conftest import ROOT
 from tests.nix.debian_nix import Nix
 from tests.programs import OPENTOFU, PACKER, ProgramMissing, obtain
@@ -131,7 +132,7 @@ def test_the_checks_pass(nix: Nix, flake: Path, check: str, tmp_path: Path) -> N
                 raise ProgramMissing(f"{tool} is not installed")
             (tmp_path / tool).symlink_to(obtain(BUILT[tool]))
         except ProgramMissing as error:
-            pytest.skip(f"did not run: {error}")
+            did_not_run(error)
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", text_of(nix, flake, f"checks.x86_64-linux.{check}", "buildCommand")],
         env={"PATH": here, "TMPDIR": str(tmp_path), "out": str(tmp_path / "out")},
@@ -218,7 +219,7 @@ def test_bake_and_cloud_are_the_makefiles(nix: Nix, flake: Path, app: str, tmp_p
 def test_shellcheck_has_nothing_to_say_of_the_scripts(nix: Nix, flake: Path, script: str) -> None:
     """What the apps start."""
     if shutil.which("shellcheck") is None:
-        pytest.skip("did not run: shellcheck is not installed (Debian: sudo apt-get install shellcheck)")
+        did_not_run("shellcheck is not installed (Debian: sudo apt-get install shellcheck)")
     texts = scripts_of(nix, flake, script)
     assert texts
     for text in texts:

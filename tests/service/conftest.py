@@ -7,12 +7,6 @@ import pytest
 from tests.service.harness import FAKE, Service, running_service
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if "tests/service" in str(item.path):
-            item.add_marker(pytest.mark.integration)
-
-
 @pytest.fixture(scope="module")
 def real() -> Iterator[Service]:
     """gunicorn, gpt4all and the starter model."""

@@ -122,9 +122,7 @@ def get(entry: Entry, cache: Path) -> tuple[str, list[float]]:
     path = fetch(entry, cache, shown, pause=waits.append)
     assert path == cache / entry.file
     assert hashlib.sha256(path.read_bytes()).hexdigest() == hashlib.sha256(CONTENT).hexdigest()
-    assert {file.name for file in cache.iterdir()} - {"small.gguf", "small.gguf.lock"} <= {
-        "small.gguf.sha256"
-    }
+    assert {file.name for file in cache.iterdir()} - {"small.gguf", "small.gguf.lock"} <= {"small.gguf.sha256"}
     return shown.getvalue(), waits
 
 
@@ -338,9 +336,7 @@ def test_passing_answers_are_retried_when_the_server_says(status: int, site: Sit
     assert waits == [7.0]
 
 
-def test_redirect_away_from_https_is_refused(
-    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_redirect_away_from_https_is_refused(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An HTTPS address that leads to plain HTTP is not followed into the cache."""
     real = requests.get
     monkeypatch.setattr(requests, "get", lambda url, **options: real(site.url, **options))
@@ -348,9 +344,7 @@ def test_redirect_away_from_https_is_refused(
         fetch(site.entry(url="https://example.org/small.gguf"), tmp_path, io.StringIO())
 
 
-def test_too_small_disk_is_told_with_figures(
-    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_small_disk_is_told_with_figures(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything is asked for, the free space is compared with what is missing."""
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=12_345_678))

@@ -192,9 +192,7 @@ def test_killed_master_leaves_nothing(fake: Service) -> None:
 
 def test_engine_that_dies_at_each_start_ends_in_not_ready() -> None:
     """A model that kills its engine at each start: some tries with growing pauses, then not ready with the reason."""
-    with running_service(
-        record=False, wait=False, engine_adapter=FAKE, model_name="abort-at-load"
-    ) as service:
+    with running_service(record=False, wait=False, engine_adapter=FAKE, model_name="abort-at-load") as service:
         seen = service.wait_phase("failed", timeout_s=30)
         assert "SIGABRT" in seen["reason"]
         assert "told to abort" in seen["reason"]

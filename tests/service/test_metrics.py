@@ -3,8 +3,7 @@
 import shutil
 import subprocess
 
-import pytest
-
+from tests.absent import did_not_run
 from tests.service.harness import Service
 
 
@@ -12,7 +11,7 @@ def test_promtool_has_nothing_to_say(real: Service) -> None:
     """``promtool check metrics`` accepts every name, type and help text without a word."""
     promtool = shutil.which("promtool")
     if promtool is None:
-        pytest.skip("did not run: promtool is not installed (Debian: sudo apt-get install prometheus)")
+        did_not_run("promtool is not installed (Debian: sudo apt-get install prometheus)")
     real.generate("hello", max_tokens=3)
     real.request("POST", "/generate", b"{")
     text = real.get("/metrics").body

@@ -165,9 +165,7 @@ def test_failures_on_the_way() -> None:
         model = next(iter(client.models.list())).id
 
         def ask(prompt: str, **fields: object) -> Any:
-            return client.chat.completions.create(
-                model=model, messages=[{"role": "user", "content": prompt}], **fields
-            )
+            return client.chat.completions.create(model=model, messages=[{"role": "user", "content": prompt}], **fields)
 
         with pytest.raises(openai.InternalServerError) as caught:
             ask("fail")

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import psutil
-import pytest
 
+from tests.absent import did_not_run
 from tests.service.harness import ROOT, free_port, service_environment, write_small_model
 
 
@@ -77,7 +77,7 @@ def serving(state_dir: Path, port: int, tty: bool = False, **settings: Any) -> I
 def test_printed_curl_line_works_as_printed(tmp_path: Path) -> None:
     """The line that is printed once the model is ready gets text when it is pasted into a shell."""
     if shutil.which("curl") is None:
-        pytest.skip("did not run: curl is not installed (Debian: sudo apt-get install curl)")
+        did_not_run("curl is not installed (Debian: sudo apt-get install curl)")
     with serving(tmp_path, free_port()) as terminal:
         line = terminal.wait_line("curl -s").strip()
         done = subprocess.run(["sh", "-c", line], capture_output=True, timeout=30)

@@ -1,5 +1,6 @@
 """The demo says in one line why it cannot run, and tells truly what was seen."""
 
+import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -119,3 +120,37 @@ def test_what_is_left_is_told_however_it_ended(
     assert "error: the node does not serve" in said
     assert "left behind, and removed by the next demo: namespaces: mlc-1" in said
     assert (tmp_path / "demo").is_dir()
+
+
+def test_processes_are_known_by_their_mark(tmp_path: Path) -> None:
+    """Neither this one, nor who looks at the demo's files, nor one that has ended, nor another checkout's."""
+    environments = {
+        "7": f"A=1\0{demo._MARK}\0B=2\0",
+        "8": f"PWD={demo._FOLDER}\0",
+        "9": f"{demo._MARK}-of-another\0",
+        str(os.getpid()): f"{demo._MARK}\0",
+    }
+    for name, text in environments.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "environ").write_text(text)
+    (tmp_path / "10").mkdir()
+    assert demo.find_marked(tmp_path) == [7]
+
+
+def test_what_was_killed_is_ended_kindly_and_then_for_good(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whoever ends at the first word is not killed."""
+    left, sent = [7, 8], []
+
+    def kill(process: int, number: int) -> None:
+        sent.append((process, signal.Signals(number).name))
+        if process == 7 or number == signal.SIGKILL:
+            left.remove(process)
+
+    monkeypatch.setattr(demo, "_FOLDER", tmp_path / "demo")
+    monkeypatch.setattr(demo, "_END_WITHIN_S", 0.3)
+    monkeypatch.setattr(demo, "find_marked", lambda: list(left))
+    monkeypatch.setattr(demo, "traces", lambda state: {})
+    monkeypatch.setattr(os, "kill", kill)
+    demo.clean()
+    assert sent == [(7, "SIGTERM"), (8, "SIGTERM"), (8, "SIGKILL")]
+    assert left == []

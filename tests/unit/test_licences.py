@@ -44,11 +44,7 @@ def licences(metadata: Any) -> set[str]:
 
 @pytest.mark.parametrize(
     ("lock", "name"),
-    [
-        (lock, name)
-        for lock in ("service/requirements.txt", "scripts/requirements.txt")
-        for name in required_here(lock)
-    ],
+    [(lock, name) for lock in ("service/requirements.txt", "scripts/requirements.txt") for name in required_here(lock)],
 )
 def test_a_package_has_a_licence_that_is_allowed(lock: str, name: str) -> None:
     """The service's go into the image, the scripts' onto the machine of who bakes."""
