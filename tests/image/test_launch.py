@@ -45,7 +45,10 @@ def launched(
     chain, key = make_certificate(folder, f"DNS:{DOMAIN}", f"DNS:monitoring.{DOMAIN}")
     certificate = {"chain": chain.read_text(), "key": key.read_text()}
     named = {"image_id": image.id, "image_version": "test-1"}  # as bake.py promote writes it
-    with deployment(folder, cloud, program, chain, certificate=certificate, **named) as made:
+    python = folder / "a python"  # as in a checkout whose path has a blank
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    with deployment(folder, cloud, program, chain, certificate=certificate, python=str(python), **named) as made:
         yield made
 
 
@@ -121,6 +124,22 @@ def test_from_nothing(launched: Deployment) -> None:
     assert launched.changes() == ""
     for secret in (launched.values["certificate"]["key"].splitlines()[1], *KEYS.values()):
         assert secret not in said
+
+
+def test_another_template_of_user_data_is_another_node(launched: Deployment) -> None:
+    """With a proof key of its own: the old one's has ended when its node was proved."""
+    place = launched.folder.parent / "cloud-init"
+    before = place.readlink()
+    place.unlink()
+    shutil.copytree(before, place)
+    with (place / "launch.yaml.tftpl").open("a") as file:
+        file.write("# changed\n")
+    try:
+        assert "terraform_data.node must be replaced" in launched.changes()
+    finally:
+        shutil.rmtree(place)
+        place.symlink_to(before)
+    assert launched.changes() == ""
 
 
 def test_drift_is_told(launched: Deployment) -> None:
