@@ -1,10 +1,15 @@
-"""Owns what is so of all tests: marks and time limits by folder, and what a run tells by tier at its end."""
+"""Owns what is so of all tests: their environment, marks, time limits and lanes, and what a run tells by tier."""
 
+import os
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import pytest
+
+# What `make test` would hand on to each make that a test runs, which then says and does other things than a person's.
+for _makes_own in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES"):
+    os.environ.pop(_makes_own, None)
 
 # Tier -> what it needs; a test is of the first whose paths its own begins with.
 TIERS = {

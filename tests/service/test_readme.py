@@ -36,7 +36,6 @@ README = (ROOT / "README.md").read_text()
 _PORT = 8080  # what the README's lines have
 _SET_UP_S = 240.0  # with what a package index sends
 _PATIENCE_S = 90.0  # a host may be busy with other tests
-_MAKES_OWN = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES")  # what a `make test` would hand on
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Clone:
 
     def environment(self, **more: str) -> dict[str, str]:
         """A person's, without settings of their own; the same Python that runs the tests."""
-        own = {k: v for k, v in os.environ.items() if not k.startswith("LLM_") and k not in _MAKES_OWN}
+        own = {k: v for k, v in os.environ.items() if not k.startswith("LLM_")}
         own |= {"PYTHON": os.path.realpath(sys.executable), "NO_PROXY": "localhost,127.0.0.1"}
         return {**own, "LLM_STATE_DIR": str(self.state), "LLM_CACHE_DIR": str(self.state / "cache"), **more}
 
