@@ -37,7 +37,6 @@ from tests.local_cloud.harness import make_key, traces
 from tests.programs import ProgramMissing
 
 _FOLDER = ROOT / ".cache" / "demo"
-_ADDRESSES = "198.19.200.0/24"
 _REGISTRY = "https://registry-1.docker.io/v2/"
 _NEEDED_GB, _NEEDED_MEMORY_GB = 15, 3.5
 _END_WITHIN_S = 20.0
@@ -214,7 +213,7 @@ def run_story(story: Story, ends: ExitStack) -> None:
         saw(f"launched by {way}")
 
     with story.step("A Hetzner Cloud of this machine's own") as saw:
-        bakery = ends.enter_context(running_bakery(_FOLDER, _ADDRESSES, stand_ins=own_registry))
+        bakery = ends.enter_context(running_bakery(_FOLDER, stand_ins=own_registry))
         host, _ = transfer_addresses(tag_of(bakery.cloud.state))  # where servers reach this machine
         server = ends.enter_context(running_acme_server(_FOLDER, host))
         acme = {"email": "demo@example.org", "server": server.directory, "authority": server.authority.read_text()}

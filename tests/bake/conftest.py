@@ -17,7 +17,7 @@ def bench(host: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Benc
     """A cloud, a small tree and Packer; tests leave it as they found it."""
     try:
         require_tools({"git": "git"})
-        with running_bench(tmp_path_factory.mktemp("bake"), addresses="198.19.9.0/24") as made:
+        with running_bench(tmp_path_factory.mktemp("bake")) as made:
             yield made
     except (HostUnfit, ProgramMissing) as error:
         did_not_run(error)

@@ -27,8 +27,6 @@ from scripts.bake.answers import given
 from tests.bake.harness import Bench, Done, Running, commit, running_bench
 
 SEED = 7
-_ADDRESSES = "198.19.{}.0/24"
-_FIRST_NETWORK = 60
 _MOMENTS = 20
 _REBOOTS = 6
 _OUTAGES = 3
@@ -522,16 +520,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--lasts", type=float, default=_LASTS_S, help="seconds of each action, where they last long")
     parser.add_argument("--keep", type=Path, help="a folder for the logs of what failed")
     parser.add_argument("--list", action="store_true", help="only name the cases")
-    parser.add_argument("--first-network", type=int, default=_FIRST_NETWORK, help="198.19.N.0/24 of the first cloud")
     options = parser.parse_args(arguments)
     begun_s = time.monotonic()
     outcomes: list[Outcome] = []
     with ExitStack() as stack:
         benches = []
-        for number in range(1 if options.list else options.jobs):
+        for _ in range(1 if options.list else options.jobs):
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mini-llm-faults-")))
-            addresses = _ADDRESSES.format(options.first_network + number)
-            benches.append(stack.enter_context(running_bench(folder, addresses)))
+            benches.append(stack.enter_context(running_bench(folder)))
         clean = record(benches[0])
         calls = sum(site.count for site in clean.sites)
         print(

@@ -260,10 +260,10 @@ def _insist(delete: Any, patience_s: float = 400.0) -> None:
 
 
 @contextmanager
-def running_bench(folder: Path, addresses: str, misbehave: str = "") -> Iterator[Bench]:
+def running_bench(folder: Path, misbehave: str = "") -> Iterator[Bench]:
     """A bench with a cloud of its own, in a folder; nothing of it is left afterwards. Raises ProgramMissing."""
     packer = install_packer(folder)
     tree, state = make_tree(folder, misbehave), folder / "state"
     state.mkdir()
-    with running_cloud(folder, "--old-clients", "--requests-per-hour", "100000", addresses=addresses) as cloud:
+    with running_cloud(folder, "--old-clients", "--requests-per-hour", "100000") as cloud:
         yield Bench(cloud, tree, state, packer)

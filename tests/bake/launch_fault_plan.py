@@ -25,7 +25,6 @@ from tests.image.harness import DOMAIN
 from tests.image.launch import KEYS, Deployment, api_key, deployment
 from tests.image.registry import make_certificate
 
-_ADDRESSES = "198.19.54.0/24"
 _MOMENTS = 10
 # What hcloud-go tries again: client_handler_retry.go in https://github.com/hetznercloud/hcloud-go.
 _PASSING = {
@@ -185,7 +184,7 @@ def main(words: list[str]) -> int:
     failed = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        with running_bench(folder, _ADDRESSES) as bench, running_stage(bench, folder, program) as stage:
+        with running_bench(folder) as bench, running_stage(bench, folder, program) as stage:
             clean = record(stage)
             print(f"a clean rollout: {clean.took_s:.1f} s, {sum(site.count for site in clean.sites)} calls", flush=True)
             cases = [case for case in list_cases(clean) if re.search(options.only, f"{case.group}: {case.name}")]

@@ -193,7 +193,7 @@ def main() -> int:
         for name in ("starter", "large", "acme"):
             (folder / name).mkdir()
         arguments = ("--old-clients", "--requests-per-hour", "100000")
-        cloud = ends.enter_context(running_cloud(folder, *arguments, addresses="198.19.10.0/24"))
+        cloud = ends.enter_context(running_cloud(folder, *arguments))
         client, key = cloud.client(), make_key(folder)
         bench = Bench(cloud, client, client.ssh_keys.create("bench", key.with_suffix(".pub").read_text()), key)
 

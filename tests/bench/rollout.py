@@ -75,7 +75,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name, ExitStack() as ends:
         folder = Path(name)
         arguments = ("--old-clients", "--requests-per-hour", "100000")
-        cloud = ends.enter_context(running_cloud(folder, *arguments, addresses="198.19.10.0/24"))
+        cloud = ends.enter_context(running_cloud(folder, *arguments))
         model = talkative(ROOT / ".cache" / "bench")
         image = bake(cloud, folder, image_version="bench-rollout", model="talkative", model_file=str(model))
         host, _ = transfer_addresses(tag_of(cloud.state))

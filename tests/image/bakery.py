@@ -87,7 +87,7 @@ def git(folder: Path, *words: str) -> None:
 
 
 @contextmanager
-def running_bakery(folder: Path, addresses: str, *, stand_ins: bool = True) -> Iterator[Bakery]:
+def running_bakery(folder: Path, *, stand_ins: bool = True) -> Iterator[Bakery]:
     """A cloud with nothing in it, and this tree as one commit. Raises ProgramMissing.
 
     ``stand_ins`` are a registry of our own in the place of those that cannot be reached.
@@ -102,7 +102,7 @@ def running_bakery(folder: Path, addresses: str, *, stand_ins: bool = True) -> I
     own = packer_environment(folder / "packer")
     arguments = ("--old-clients", "--requests-per-hour", "100000")
     with ExitStack() as ends:
-        cloud = ends.enter_context(running_cloud(folder, *arguments, addresses=addresses))
+        cloud = ends.enter_context(running_cloud(folder, *arguments))
         more = []
         if stand_ins:
             pins_file, authorities = ends.enter_context(stand_in_registry(cloud, folder / "packer"))

@@ -31,7 +31,7 @@ def cloud(host: None, tools: None, tmp_path_factory: pytest.TempPathFactory) -> 
     """A local cloud with what Packer's plugin of 2022 needs."""
     folder = tmp_path_factory.mktemp("image")
     arguments = ("--old-clients", "--requests-per-hour", "100000")
-    with running_cloud(folder, *arguments, addresses="198.19.8.0/24") as running:
+    with running_cloud(folder, *arguments) as running:
         yield running
 
 

@@ -20,7 +20,7 @@ from tests.programs import ProgramMissing
 def bakery(host: None, tools: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bakery]:
     """A cloud of its own, and a copy of this tree."""
     try:
-        with running_bakery(tmp_path_factory.mktemp("bakery"), "198.19.52.0/24") as made:
+        with running_bakery(tmp_path_factory.mktemp("bakery")) as made:
             yield made
     except ProgramMissing as error:
         did_not_run(error)

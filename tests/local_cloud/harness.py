@@ -1,5 +1,6 @@
 """Owns the local cloud that integration tests talk to: started as its users start it, and gone when they are done."""
 
+import fcntl
 import os
 import re
 import signal
@@ -19,6 +20,7 @@ from scripts.local_cloud.machines.network import tag_of, transfer_addresses
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKEN = "local"  # the default that everybody knows
+_RANGES = Path("/run/lock/mini-llm-tests")
 _START_TIMEOUT_S = 240.0  # the base image may have to be made
 _STOP_TIMEOUT_S = 60.0
 
@@ -69,8 +71,28 @@ def free_port() -> int:
 
 
 @contextmanager
-def running_cloud(folder: Path, *arguments: str, addresses: str = "198.19.0.0/24") -> Iterator[LocalCloud]:
+def free_addresses() -> Iterator[str]:
+    """A range of addresses that no other test has meanwhile, be it of this run or of one beside it."""
+    _RANGES.mkdir(exist_ok=True)
+    for number in range(256):
+        with (_RANGES / str(number)).open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            yield f"198.19.{number}.0/24"
+            return
+    raise AssertionError(f"all ranges are taken; who holds {_RANGES}?")
+
+
+@contextmanager
+def running_cloud(folder: Path, *arguments: str) -> Iterator[LocalCloud]:
     """A cloud with its state in a folder; afterwards nothing of it is left, also when the test failed."""
+    with free_addresses() as addresses:
+        yield from _running_cloud(folder, addresses, *arguments)
+
+
+def _running_cloud(folder: Path, addresses: str, *arguments: str) -> Iterator[LocalCloud]:
     port, state = free_port(), folder / "cloud"
     common = ["--state", str(state)]
     command = [sys.executable, "-m", "scripts.local_cloud", "run", *common]

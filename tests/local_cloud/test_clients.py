@@ -191,7 +191,7 @@ def test_packer_bakes_a_snapshot_that_boots(host: None, tmp_path: Path, key: Pat
         did_not_run(error)
     template = PACKER_TEMPLATE.replace("PINNED", PACKER_PLUGIN_HCLOUD.version)
     (tmp_path / "trivial.pkr.hcl").write_text(template)
-    with running_cloud(tmp_path, "--old-clients", addresses="198.19.1.0/24") as cloud:
+    with running_cloud(tmp_path, "--old-clients") as cloud:
         environment = {**cloud.environment, "PACKER_PLUGIN_PATH": str(tmp_path / "plugins"), "CHECKPOINT_DISABLE": "1"}
         environment["PACKER_CONFIG_DIR"] = str(tmp_path)
         for words in (

@@ -31,7 +31,7 @@ def calls(cloud: LocalCloud) -> list[dict[str, object]]:
 
 def test_everything_is_there_after_a_stop_and_after_a_kill(host: None, tmp_path: Path, key: Path) -> None:
     """Servers that were on are on again with their disks, those that were off stay off, snapshots still boot."""
-    with running_cloud(tmp_path, addresses="198.19.2.0/24") as cloud:
+    with running_cloud(tmp_path) as cloud:
         client = cloud.client()
         known = client.ssh_keys.create("known", key.with_suffix(".pub").read_text())
         on = client.servers.create("on", SMALL, DEBIAN, ssh_keys=[known])
@@ -54,7 +54,7 @@ def test_everything_is_there_after_a_stop_and_after_a_kill(host: None, tmp_path:
 
 def test_work_that_a_kill_cuts_short_has_its_documented_end(host: None, tmp_path: Path) -> None:
     """A creation cut short is gone and its addresses free; its action says why; what is asked again works."""
-    with running_cloud(tmp_path, addresses="198.19.3.0/24") as cloud:
+    with running_cloud(tmp_path) as cloud:
         client = cloud.client()
         plan(cloud, {"path": "/v1/servers", "method": "POST", "kind": "action_lasts", "seconds": 60})
         made = client.servers.create("cut", SMALL, DEBIAN)
@@ -70,7 +70,7 @@ def test_work_that_a_kill_cuts_short_has_its_documented_end(host: None, tmp_path
 
 def test_a_stop_during_a_reboot_is_soon_and_the_server_comes_back(host: None, tmp_path: Path, key: Path) -> None:
     """A guest that takes its time to go down keeps nobody waiting, and what was on is on again."""
-    with running_cloud(tmp_path, addresses="198.19.6.0/24") as cloud:
+    with running_cloud(tmp_path) as cloud:
         client = cloud.client()
         known = client.ssh_keys.create("known", key.with_suffix(".pub").read_text())
         made = client.servers.create("slow", SMALL, DEBIAN, ssh_keys=[known])
@@ -114,7 +114,7 @@ def test_a_start_that_is_interrupted_leaves_nothing(
 
     with monkeypatch.context() as patched:
         patched.setattr(time, "sleep", interrupt)
-        with pytest.raises(KeyboardInterrupt), running_cloud(tmp_path, addresses="198.19.5.0/24"):
+        with pytest.raises(KeyboardInterrupt), running_cloud(tmp_path):
             pytest.fail("it was not interrupted")
     assert begun
     assert traces(state) == {}
@@ -124,7 +124,7 @@ def test_a_start_that_is_interrupted_leaves_nothing(
 
 def test_twenty_servers_at_once(host: None, tmp_path: Path) -> None:
     """All of them come up, with addresses of their own, all of them go, and nothing of them is left behind."""
-    with running_cloud(tmp_path, addresses="198.19.4.0/24") as cloud:
+    with running_cloud(tmp_path) as cloud:
         client = cloud.client()
         before = traces(cloud.state) | {"groups": []}
         made = [client.servers.create(f"many-{number}", SMALL, DEBIAN) for number in range(20)]

@@ -19,10 +19,9 @@ import pytest
 from scripts.local_cloud.machine_interface import FirewallRule, MachineFailed, MachineSpec
 from scripts.local_cloud.machines.host import HostUnfit
 from scripts.local_cloud.machines.machines import LocalMachines
-from tests.local_cloud.harness import traces
+from tests.local_cloud.harness import free_addresses, traces
 
 ROOT = Path(__file__).resolve().parents[2]
-NETWORK = "198.19.77"
 PATIENCE_S = 60.0
 HOLDER = """
 import sys, time
@@ -47,12 +46,13 @@ class Cloud:
     off: "queue.Queue[int]"
     key: Path
     state: Path
+    network: str  # the first three numbers of its addresses
 
     def spec(self, server_id: int, user_data: str = "") -> MachineSpec:
         return MachineSpec(
             server_id=server_id,
             name=f"server-{server_id}",
-            ipv4=f"{NETWORK}.{server_id}",
+            ipv4=f"{self.network}.{server_id}",
             ipv6_network=f"2001:db8:77:{server_id:x}::/64",
             public_keys=(self.key.with_suffix(".pub").read_text().strip(),),
             root_password=None,
@@ -65,7 +65,7 @@ class Cloud:
     def ssh(self, server_id: int, command: str) -> "subprocess.CompletedProcess[str]":
         options = ["StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "LogLevel=ERROR", "BatchMode=yes"]
         words = [word for option in [*options, "ConnectTimeout=3"] for word in ("-o", option)]
-        target = f"root@{NETWORK}.{server_id}"
+        target = f"root@{self.network}.{server_id}"
         return subprocess.run(
             ["ssh", "-i", str(self.key), *words, target, command],
             capture_output=True,
@@ -86,9 +86,20 @@ class Cloud:
             time.sleep(0.1)
 
 
+def _first(addresses: str) -> str:
+    return addresses.replace(".0/24", ".1")
+
+
 def host_settings() -> list[str]:
     names = ("net/ipv4/ip_forward", "fs/inotify/max_user_instances")
     return [(Path("/proc/sys") / name).read_text() for name in names]
+
+
+@pytest.fixture
+def addresses() -> Iterator[str]:
+    """For machines of a test's own."""
+    with free_addresses() as free:
+        yield free
 
 
 @pytest.fixture(scope="module")
@@ -97,12 +108,13 @@ def cloud(host: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clou
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
     state = tmp_path_factory.mktemp("cloud") / "state"
     off: queue.Queue[int] = queue.Queue()
-    machines = LocalMachines(state, address_range=f"{NETWORK}.0/24", on_off=off.put, log=print)
-    try:
-        machines.prepare()
-        yield Cloud(machines, off, key, state)
-    finally:
-        machines.clean()
+    with free_addresses() as addresses:
+        machines = LocalMachines(state, address_range=addresses, on_off=off.put, log=print)
+        try:
+            machines.prepare()
+            yield Cloud(machines, off, key, state, addresses.removesuffix(".0/24"))
+        finally:
+            machines.clean()
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +144,7 @@ def test_root_logs_in_by_key_only(cloud: Cloud, server: int) -> None:
 
 def test_a_server_has_the_addresses_of_the_real_cloud(cloud: Cloud, server: int) -> None:
     """A single IPv4 address behind 172.31.1.1, ::1 of its IPv6 network; the host reaches both."""
-    assert f"{NETWORK}.{server}/32" in cloud.output(server, "ip -o -4 address show eth0")
+    assert f"{cloud.network}.{server}/32" in cloud.output(server, "ip -o -4 address show eth0")
     assert cloud.output(server, "ip route show default").startswith("default via 172.31.1.1 dev eth0")
     socket.create_connection((f"2001:db8:77:{server:x}::1", 22), timeout=3).close()
 
@@ -155,7 +167,7 @@ def test_metadata_know_who_asks(cloud: Cloud, server: int) -> None:
     base = "curl -sSf -m 5 http://169.254.169.254/hetzner/v1"
     assert cloud.output(server, f"{base}/metadata/instance-id") == str(server)
     assert cloud.output(server, f"{base}/metadata/hostname") == f"server-{server}"
-    assert f'public-ipv4: "{NETWORK}.{server}"' in cloud.output(server, f"{base}/metadata")
+    assert f'public-ipv4: "{cloud.network}.{server}"' in cloud.output(server, f"{base}/metadata")
     assert "first-boot" in cloud.output(server, f"{base}/userdata")
     assert cloud.ssh(server, f"{base}/metadata/nothing").returncode == 22
 
@@ -163,9 +175,9 @@ def test_metadata_know_who_asks(cloud: Cloud, server: int) -> None:
 def test_another_servers_address_is_of_no_use(cloud: Cloud, server: int) -> None:
     """What a server sends under an address that is not its own is dropped."""
     ask = "curl -sS -m 2 http://169.254.169.254/hetzner/v1/metadata/hostname"
-    forge = f"ip address add {NETWORK}.200/32 dev lo; {ask} --interface {NETWORK}.200"
+    forge = f"ip address add {cloud.network}.200/32 dev lo; {ask} --interface {cloud.network}.200"
     assert cloud.ssh(server, forge).returncode == 28
-    assert cloud.output(server, f"ip address delete {NETWORK}.200/32 dev lo; {ask}") == f"server-{server}"
+    assert cloud.output(server, f"ip address delete {cloud.network}.200/32 dev lo; {ask}") == f"server-{server}"
 
 
 def answers(address: str) -> bool:
@@ -178,7 +190,7 @@ def answers(address: str) -> bool:
 
 def test_a_firewall_filters_at_once(cloud: Cloud, server: int) -> None:
     """Without a fitting rule nothing begins from outside; what the server begins goes on; a rule opens, none closes."""
-    address = f"{NETWORK}.{server}"
+    address = f"{cloud.network}.{server}"
     ssh = FirewallRule("in", "tcp", ("0.0.0.0/0",), (22, 22))
     try:
         cloud.machines.set_firewall(server, ())
@@ -196,7 +208,7 @@ def test_a_firewall_filters_at_once(cloud: Cloud, server: int) -> None:
 
 def test_a_floating_address_reaches_whom_it_is_led_to(cloud: Cloud, server: int) -> None:
     """It answers while it is led to a server that carries it, IPv4 and IPv6, and to nobody after."""
-    floating, network = f"{NETWORK}.150", "2001:db8:77:ffff::/64"
+    floating, network = f"{cloud.network}.150", "2001:db8:77:ffff::/64"
     cloud.output(server, f"ip address add {floating}/32 dev eth0; ip address add 2001:db8:77:ffff::1/64 dev eth0 nodad")
     for address in (floating, network):
         cloud.machines.route_address(address, server)
@@ -287,12 +299,12 @@ def test_one_state_directory_has_one_owner(cloud: Cloud) -> None:
     assert "mounts" in traces(cloud.state)
 
 
-def test_a_stop_leaves_disks_and_nothing_else(host: None, tmp_path: Path) -> None:
+def test_a_stop_leaves_disks_and_nothing_else(host: None, tmp_path: Path, addresses: str) -> None:
     """A closed cloud has no trace on the host but its directory, and the next one finds its disk."""
     state = tmp_path / "state"
     before = host_settings()
-    spec = MachineSpec(21, "gone", "198.19.78.1", None, (), None, "", 1, 1.0, "fsn1")
-    machines = LocalMachines(state, address_range="198.19.78.0/28", log=print)
+    spec = MachineSpec(21, "gone", _first(addresses), None, (), None, "", 1, 1.0, "fsn1")
+    machines = LocalMachines(state, address_range=addresses, log=print)
     try:
         machines.prepare()
         machines.create_disk(21, "debian-13")
@@ -301,7 +313,7 @@ def test_a_stop_leaves_disks_and_nothing_else(host: None, tmp_path: Path) -> Non
         assert set(traces(state)) >= everything - {"mounts", "loops"}
         machines.close()
         assert traces(state) == {}
-        machines = LocalMachines(state, address_range="198.19.78.0/28", log=print)
+        machines = LocalMachines(state, address_range=addresses, log=print)
         machines.prepare()
         machines.start(spec)
         machines.close()
@@ -314,13 +326,13 @@ def test_a_stop_leaves_disks_and_nothing_else(host: None, tmp_path: Path) -> Non
     assert host_settings() == before
 
 
-def test_a_killed_cloud_is_swept(host: None, tmp_path: Path) -> None:
+def test_a_killed_cloud_is_swept(host: None, tmp_path: Path, addresses: str) -> None:
     """After SIGKILL the servers are dead already, and clean removes what else is left."""
     state = tmp_path / "state"
     before = host_settings()
-    words = [sys.executable, "-c", HOLDER, str(state), "198.19.78.16/28", "198.19.78.17"]
+    words = [sys.executable, "-c", HOLDER, str(state), addresses, _first(addresses)]
     holder = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=dict(os.environ))
-    sweeper = LocalMachines(state, address_range="198.19.78.16/28")
+    sweeper = LocalMachines(state, address_range=addresses)
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "running\n"
@@ -342,7 +354,7 @@ def test_a_killed_cloud_is_swept(host: None, tmp_path: Path) -> None:
 
 
 def test_a_host_without_copy_on_write_has_plain_copies(
-    host: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    host: None, tmp_path: Path, addresses: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It says so once; servers, snapshots and servers from them are there all the same, and go without a trace."""
 
@@ -352,7 +364,7 @@ def test_a_host_without_copy_on_write_has_plain_copies(
     monkeypatch.setattr("scripts.local_cloud.machines.pool.check_pool_tools", missing)
     state = tmp_path / "state"
     said: list[str] = []
-    machines = LocalMachines(state, address_range="198.19.78.32/28", log=said.append)
+    machines = LocalMachines(state, address_range=addresses, log=said.append)
     try:
         machines.prepare()
         assert [line for line in said if "plain copies" in line] == [
@@ -364,7 +376,7 @@ def test_a_host_without_copy_on_write_has_plain_copies(
         machines.delete_disk(41)
         machines.create_disk(42, 51)
         assert (state / "pool/servers/42/srv/kept").read_text() == "kept"
-        machines.start(MachineSpec(42, "plain", "198.19.78.33", None, (), None, "", 1, 1.0, "fsn1"))
+        machines.start(MachineSpec(42, "plain", _first(addresses), None, (), None, "", 1, 1.0, "fsn1"))
         assert machines.is_running(42)
         machines.close()
         assert traces(state) == {}

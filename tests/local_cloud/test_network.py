@@ -214,7 +214,7 @@ def test_flows_of_a_moved_address(host: None, tmp_path: Path, key: Path) -> None
     for arguments, moved in ((), "reset"), (("--forget-moved-flows",), "silence"):
         folder = tmp_path / moved
         folder.mkdir()
-        with running_cloud(folder, *arguments, addresses="198.19.5.0/24") as own:
+        with running_cloud(folder, *arguments) as own:
             client = own.client()
             known = client.ssh_keys.create("known", key.with_suffix(".pub").read_text())
             wall = client.firewalls.create("wall", rules).firewall

@@ -22,7 +22,6 @@ from tests.service.harness import running_service
 
 FOLDER = Path(__file__).parent
 _WIDTH = 1000
-_ADDRESSES = "198.19.88.0/24"  # of no test
 _PATIENCE_S = 30.0
 
 
@@ -45,7 +44,7 @@ def take_service_page() -> None:
 
 def take_cloud_page() -> None:
     """The local cloud's page with two servers, of which one was made from a snapshot of the other; needs root."""
-    with tempfile.TemporaryDirectory() as folder, running_cloud(Path(folder), addresses=_ADDRESSES) as cloud:
+    with tempfile.TemporaryDirectory() as folder, running_cloud(Path(folder)) as cloud:
         client = cloud.client()
         first = client.servers.create("web-1", ServerType("cx23"), Image(name="debian-13"))
         _finish(first.action, *first.next_actions)
