@@ -36,13 +36,17 @@ class Store:
         try:
             path.touch(mode=0o600, exist_ok=True)  # passwords of servers stand in it
             self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        except (OSError, sqlite3.Error) as error:
+            raise StoreUnusable(f"{path}: {error}") from error
+        try:
             # With a write-ahead log a killed process loses nothing that was committed, and needs no fsync for that.
             self._connection.execute("PRAGMA journal_mode = WAL")
             self._connection.execute("PRAGMA synchronous = NORMAL")
             self._connection.executescript(_SCHEMA)
             if self._connection.execute("SELECT count(*) FROM counter").fetchone()[0] == 0:
                 self._connection.execute("INSERT INTO counter VALUES (?)", (_FIRST_ID - 1,))
-        except (OSError, sqlite3.Error) as error:
+        except sqlite3.Error as error:
+            self._connection.close()
             raise StoreUnusable(f"{path}: {error}") from error
 
     @contextmanager
