@@ -20,7 +20,7 @@ _CLIENTS = "tests/local_cloud/test_clients.py::"
 _MEASURES = f"{BY_HAND}it measures for minutes to an hour, and its figures are for people"
 
 COMMANDS = {
-    "sudo make demo": f"{BY_HAND}it bakes and launches all, for minutes; its parts are those that tests/image try",
+    "sudo make demo": "tests/image/test_demo.py::test_the_demo",
     # The service
     "make serve": f"{_NEWCOMER}test_a_fresh_clone_serves",
     "curl -sS http://127.0.0.1:8080/generate -H 'Content-Type: application/json' -d "
