@@ -33,7 +33,7 @@ endif
 endef
 $(foreach name,HOST PORT MODEL,$(eval $(call take,$(name))))
 
-.PHONY: help serve demo bake handover-key cloud cloud-clean test unit test-faults test-launch-faults bench bench-cloud bench-image bench-bake bench-rollout pictures train lint audit lock clean
+.PHONY: help serve demo bake handover-key cloud cloud-clean test unit test-faults test-launch-faults bench bench-servers bench-cloud bench-image bench-bake bench-rollout pictures train lint audit lock clean
 
 help:
 	@echo "make serve   serve a model on 127.0.0.1:8080 (HOST= PORT= MODEL= change that)"
@@ -45,6 +45,7 @@ help:
 	@echo "make test-faults  the whole fault plan of a bake, an hour or two (root; FAULTS= adds options)"
 	@echo "make test-launch-faults  the whole fault plan of an apply, a quarter of an hour (root, Terraform; FAULTS= adds options)"
 	@echo "make bench   measure, as ratios in one run;  make bench-cloud, bench-image, bench-bake, bench-rollout  of cloud, node, bake, rollout (root)"
+	@echo "make bench-servers  measure beside llama-server and Ollama, which are built once (Go, a C++ compiler; BENCH= adds options)"
 	@echo "make pictures  the README's drawings and screenshots anew (root; PICTURES=drawings those alone)"
 	@echo "make train   train the starter model again (up to an hour)"
 	@echo "make lint    check style and types;  make audit  known weaknesses of pinned packages"
@@ -96,6 +97,11 @@ bench:
 	@$(SET_UP) $(TEST_REQUIREMENTS)
 	@$(VENV_PYTHON) -m tests.bench
 
+bench-servers:
+	@$(SET_UP) $(TEST_REQUIREMENTS)
+	@$(SET_UP) tests/bench/requirements.txt
+	@$(VENV_PYTHON) -m tests.bench.servers $(BENCH)
+
 bench-cloud:
 	@$(SET_UP) $(TEST_REQUIREMENTS)
 	@$(VENV_PYTHON) -m tests.bench.cloud
@@ -138,6 +144,8 @@ lock:
 	$(LOCK) -c service/requirements.txt scripts/requirements.in -o scripts/requirements.txt
 	$(LOCK) -c service/requirements.txt -c service/starter/requirements.txt -c scripts/requirements.txt tests/requirements.in -o tests/requirements.txt
 	$(LOCK) -c service/requirements.txt -c service/starter/requirements.txt -c scripts/requirements.txt -c tests/requirements.txt tests/audit/requirements.in -o tests/audit/requirements.txt
+	$(LOCK) -c service/requirements.txt -c service/starter/requirements.txt -c scripts/requirements.txt -c tests/requirements.txt -c tests/audit/requirements.txt tests/bench/requirements.in -o tests/bench/requirements.txt
+	$(LOCK) tests/bench/llama-server/requirements.in -o tests/bench/llama-server/requirements.txt
 
 clean:
 	rm -rf .venv .cache .pytest_cache .ruff_cache .mypy_cache

@@ -119,6 +119,7 @@ COMMANDS = {
     "make test-faults": f"{BY_HAND}an hour or two; tests/bake/test_fault_plan.py runs some of its cases",
     "make test-launch-faults": f"{BY_HAND}about an hour; tests/bake/test_launch_faults.py runs some of its cases",
     "make bench": _MEASURES,
+    "make bench-servers": _MEASURES,
     "sudo make bench-cloud": _MEASURES,
     "sudo make bench-image": _MEASURES,
     "sudo make bench-bake": _MEASURES,

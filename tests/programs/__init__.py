@@ -33,12 +33,21 @@ PROMETHEUS = Program("prometheus", "3.15.0", "github.com/prometheus/prometheus/c
 ALERTMANAGER = Program("alertmanager", "0.31.1", "github.com/prometheus/alertmanager/cmd/alertmanager")
 NODE_EXPORTER = Program("node-exporter", "1.12.1", "github.com/prometheus/node_exporter")
 OPENTOFU = Program("opentofu", "1.12.6", "github.com/opentofu/opentofu/cmd/tofu", ("tofu", "version"))
+# Built by tests/bench/peer_builds.py: it is of Go and C++, and needs libraries beside it.
+OLLAMA = Program("ollama", "0.17.4", "github.com/ollama/ollama")
 # Not Grafana: it says so to whoever asks, in its place behind Traefik.
 GRAFANA_STAND_IN = Program("grafana-stand-in", "2", "mini-llm/tests/programs/grafana-stand-in")
 
 
 class ProgramMissing(Exception):
     """The program is not there and cannot be built; the message says what to install."""
+
+
+def cache_folder() -> Path:
+    """Where built programs are kept; made if it is not there."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mini-llm" / "programs"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def obtain(program: Program) -> Path:
@@ -48,14 +57,13 @@ def obtain(program: Program) -> Path:
         told = subprocess.run(program.on_path, capture_output=True, text=True, timeout=30).stdout
         if program.version in told:
             return Path(found)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mini-llm" / "programs"
+    cache = cache_folder()
     built = cache / f"{program.name}-{program.version}"
     if built.exists():
         return built
     go = shutil.which("go")
     if go is None:
         raise ProgramMissing(f"{program.name} {program.version} is not here: install it, or Go 1.26 to build it")
-    cache.mkdir(parents=True, exist_ok=True)
     with (cache / f"{built.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not built.exists():
