@@ -304,7 +304,9 @@ def _give_to_ollama(port: int, model: Path) -> None:
     with model.open("rb") as file:
         digest = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
     parameters = {"num_thread": host.threads_here(), "num_ctx": CONTEXT_LENGTH}
-    create = {"model": _MODEL, "files": {model.name: digest}, "parameters": parameters, "stream": False}
+    # Prompts as they are, like the others' completions: it would guess a template and put it around them.
+    as_it_is = {"parameters": parameters, "template": "{{ .Prompt }}"}
+    create = {"model": _MODEL, "files": {model.name: digest}, "stream": False, **as_it_is}
     end_s = time.monotonic() + 30
     while True:
         try:
