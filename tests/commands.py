@@ -117,7 +117,7 @@ COMMANDS = {
     "make test": f"{BY_HAND}it is the run of all tests; .ci/run is nothing else",
     "make unit": f"{BY_HAND}it is a part of make test",
     "make test-faults": f"{BY_HAND}an hour or two; tests/bake/test_fault_plan.py runs some of its cases",
-    "make test-launch-faults": f"{BY_HAND}about an hour; tests/bake/test_launch_faults.py runs some of its cases",
+    "make test-launch-faults": f"{BY_HAND}a quarter of an hour; tests/bake/test_launch_faults.py runs a part",
     "make bench": _MEASURES,
     "make bench-servers": _MEASURES,
     "sudo make bench-cloud": _MEASURES,

@@ -73,7 +73,7 @@ def free_port() -> int:
 @contextmanager
 def free_addresses() -> Iterator[str]:
     """A range of addresses that no other test has meanwhile, be it of this run or of one beside it."""
-    _RANGES.mkdir(exist_ok=True)
+    _RANGES.mkdir(parents=True, exist_ok=True)  # where no systemd made it
     for number in range(256):
         with (_RANGES / str(number)).open("w") as lock:
             try:
