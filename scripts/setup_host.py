@@ -1,7 +1,7 @@
 """Owns what of Debian's packages this checkout wants on its host: says what is missing, and gets it when it may.
 
 Used by the Makefile as ``python3 scripts/setup_host.py test``; needs nothing but Python itself. It installs as root
-only, and only after a yes, ``YES=1`` or in CI. Services (a registry, Prometheus) are not installed but unpacked below
+only, and only after a yes, ``YES=1`` or in CI. A registry and promtool are not installed but unpacked below
 ``.cache``: installed, they would start with the host.
 """
 
@@ -34,11 +34,12 @@ _JUDGES = {
     "chromium": "chromium",
     "chromedriver": "chromium-driver",
     "hcloud": "hcloud-cli",
-    "promtool": "prometheus",
+    "promtool": "promtool",
     "shellcheck": "shellcheck",
 }
 _NEEDS = {"demo": {**CLOUD, **IMAGE, **_BUILD, "hcloud": "hcloud-cli"}, "test": {**CLOUD, **IMAGE, **_BUILD, **_JUDGES}}
-_TO_UNPACK = ("docker-registry", "prometheus")  # their programs need nothing but libc
+_TO_UNPACK = ("docker-registry", "promtool")  # their programs need nothing but libc
+_ONCE_IN = {"promtool": "prometheus"}  # where Debian before 13, and Ubuntu 24.04, have it
 _OLDEST_GO = (1, 21)  # the first that fetches the version that a module asks for
 
 
@@ -80,8 +81,15 @@ def run(*words: str, cwd: Path = ROOT) -> bool:
     return subprocess.call(words, cwd=cwd, env=environment, stdout=subprocess.DEVNULL) == 0
 
 
+def is_package(name: str) -> bool:
+    """Whether this system's package lists have it."""
+    return subprocess.run(["apt-cache", "show", name], capture_output=True).stdout != b""
+
+
 def unpack(package: str) -> bool:
     """Whether a package now lies below ``.cache``, without being installed."""
+    if package in _ONCE_IN and not is_package(package):
+        package = _ONCE_IN[package]
     folder = UNPACKED / f"{package}.draft"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

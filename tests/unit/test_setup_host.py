@@ -119,6 +119,20 @@ def test_an_interruption_is_told_without_a_traceback(
         setup_host.main(["test"])
 
 
+@pytest.mark.parametrize(("shown", "fetched"), [(b"Package: promtool\n", "promtool"), (b"", "prometheus")])
+def test_promtool_is_fetched_where_this_release_has_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shown: bytes, fetched: str
+) -> None:
+    """Debian 13 has it in a package of its own; before, Prometheus' brought it."""
+    ran: list[str] = []
+    done = subprocess.CompletedProcess([], 0 if shown else 100, shown, b"")
+    monkeypatch.setattr(setup_host.subprocess, "run", lambda *words, **_: done)
+    monkeypatch.setattr(setup_host, "UNPACKED", tmp_path)
+    monkeypatch.setattr(setup_host, "run", lambda *words, **_: ran.append(words[-1]) or False)
+    assert not setup_host.unpack("promtool")
+    assert ran == [fetched]
+
+
 def test_what_is_unpacked_is_there_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A program that was cut off is never found; the package's other files are not kept."""
     monkeypatch.setattr(setup_host, "UNPACKED", tmp_path)
