@@ -34,6 +34,7 @@ _JUDGES = {
     "chromium": "chromium",
     "chromedriver": "chromium-driver",
     "hcloud": "hcloud-cli",
+    "mkfs.ext4": "e2fsprogs",
     "promtool": "promtool",
     "shellcheck": "shellcheck",
 }
