@@ -1,6 +1,7 @@
 """Owns the local cloud that integration tests talk to: started as its users start it, and gone when they are done."""
 
 import fcntl
+import ipaddress
 import os
 import re
 import signal
@@ -16,7 +17,7 @@ from pathlib import Path
 import requests
 from hcloud import Client
 
-from scripts.local_cloud.machines.network import tag_of, transfer_addresses
+from scripts.local_cloud.machines.network import find_overlap, tag_of, transfer_addresses
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKEN = "local"  # the default that everybody knows
@@ -80,7 +81,11 @@ def free_addresses() -> Iterator[str]:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 continue
-            yield f"198.19.{number}.0/24"
+            addresses = f"198.19.{number}.0/24"
+            routes = subprocess.run(["ip", "-json", "-4", "route", "show"], capture_output=True, text=True, check=True)
+            if find_overlap(ipaddress.IPv4Network(addresses), routes.stdout):
+                continue  # of a cloud whose test was killed, or of somebody's own
+            yield addresses
             return
     raise AssertionError(f"all ranges are taken; who holds {_RANGES}?")
 
