@@ -25,7 +25,7 @@ def test_the_demo(host: None, tools: None) -> None:
     command = [sys.executable, "-m", "tests.demo"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
-            said, trouble = process.communicate(timeout=1000)
+            said, trouble = process.communicate(timeout=1500)  # with all that is built the first time
         except BaseException:
             process.send_signal(signal.SIGINT)  # it removes what it made
             process.communicate(timeout=120)
