@@ -4,7 +4,6 @@ A package index has llama.cpp's source, Go's module proxy has Ollama's; what is 
 ``tests/programs``. Both keep their fast code for this machine's CPU.
 """
 
-import fcntl
 import os
 import re
 import shutil
@@ -12,12 +11,9 @@ import signal
 import subprocess
 import sys
 import tarfile
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
-from tests import programs
-from tests.programs import OLLAMA, ProgramMissing
+from tests.programs import OLLAMA, ProgramMissing, keep
 from tests.tree import ROOT
 
 _LLAMA_SERVER_LOCK = ROOT / "tests" / "bench" / "llama-server" / "requirements.txt"
@@ -35,28 +31,12 @@ def llama_cpp_build() -> str:
 
 def obtain_llama_server() -> Path:
     """llama-server's file, for this machine's CPU as its own build makes it; raises ProgramMissing."""
-    return _obtain(f"llama-server-{llama_cpp_build()}", _build_llama_server) / "bin" / "llama-server"
+    return keep(f"llama-server-{llama_cpp_build()}", _build_llama_server) / "bin" / "llama-server"
 
 
 def obtain_ollama() -> Path:
     """Ollama's file, in whose neighbour ``lib/ollama`` are its libraries for every CPU; raises ProgramMissing."""
-    return _obtain(f"{OLLAMA.name}-{OLLAMA.version}", _build_ollama) / "bin" / "ollama"
-
-
-def _obtain(name: str, build: Callable[[Path], None]) -> Path:
-    """The folder of that name in the cache, filled by ``build`` the first time."""
-    cache = programs.cache_folder()
-    built = cache / name
-    with (cache / f"{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not built.exists():
-            print(f"building {name}, once; it takes minutes", file=sys.stderr, flush=True)
-            with tempfile.TemporaryDirectory(dir=cache, prefix=f"{name}-") as folder:
-                draft = Path(folder) / "draft"
-                (draft / "bin").mkdir(parents=True)
-                build(draft)
-                draft.rename(built)
-    return built
+    return keep(f"{OLLAMA.name}-{OLLAMA.version}", _build_ollama) / "bin" / "ollama"
 
 
 def _llama_cpp_source(work: Path) -> Path:
@@ -74,6 +54,7 @@ def _build_llama_server(draft: Path) -> None:
     build = draft.parent / "build"
     options = ["-DCMAKE_BUILD_TYPE=Release", *(f"-D{name}=OFF" for name in _LLAMA_SERVER_OPTIONS)]
     _cmake(_llama_cpp_source(draft.parent), build, options, "llama-server")
+    (draft / "bin").mkdir(parents=True)
     shutil.copy2(build / "bin" / "llama-server", draft / "bin")
 
 
@@ -84,6 +65,7 @@ def _build_ollama(draft: Path) -> None:
     where = ["go", "list", "-mod=readonly", "-m", "-f", "{{.Dir}}", OLLAMA.package]
     source = Path(_run(where, "Ollama's source", cwd=_OLLAMA_MODULE).strip())
     _cmake(source, draft.parent / "build", ["-DCMAKE_BUILD_TYPE=Release"], "ggml-cpu")
+    (draft / "bin").mkdir(parents=True)
     shutil.copytree(draft.parent / "build" / "lib", draft / "lib", symlinks=True)
     flags = f"-s -w -X={OLLAMA.package}/version.Version={OLLAMA.version} -X={OLLAMA.package}/server.mode=release"
     command = ["go", "build", "-mod=readonly", "-trimpath", f"-ldflags={flags}", "-o", str(draft / "bin" / "ollama")]

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,11 +44,29 @@ class ProgramMissing(Exception):
     """The program is not there and cannot be built; the message says what to install."""
 
 
-def cache_folder() -> Path:
-    """Where built programs are kept; made if it is not there."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mini-llm" / "programs"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def keep(name: str, build: Callable[[Path], None]) -> Path:
+    """What the user's cache has by that name: a file or a folder, which ``build`` makes once at the path it gets.
+
+    What it needs beside that goes into the path's parent, which is removed. Raises what ``build`` raises.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mini-llm" / "programs"
+    built = cache / name
+    if built.exists():
+        return built
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not built.exists():
+            print(f"building {name}, once; it takes minutes", file=sys.stderr, flush=True)
+            folder = cache / f"{name}.building"
+            shutil.rmtree(folder, ignore_errors=True)  # of one that was killed
+            folder.mkdir()
+            try:
+                build(folder / "draft")
+                (folder / "draft").replace(built)
+            finally:
+                shutil.rmtree(folder)
+    return built
 
 
 def obtain(program: Program) -> Path:
@@ -57,29 +76,22 @@ def obtain(program: Program) -> Path:
         told = subprocess.run(program.on_path, capture_output=True, text=True, timeout=30).stdout
         if program.version in told:
             return Path(found)
-    cache = cache_folder()
-    built = cache / f"{program.name}-{program.version}"
-    if built.exists():
-        return built
+    return keep(f"{program.name}-{program.version}", lambda draft: _build(program, draft))
+
+
+def _build(program: Program, draft: Path) -> None:
     go = shutil.which("go")
     if go is None:
         raise ProgramMissing(f"{program.name} {program.version} is not here: install it, or Go 1.26 to build it")
-    with (cache / f"{built.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not built.exists():
-            print(f"building {program.name} {program.version}, once", file=sys.stderr, flush=True)
-            draft = cache / f"{built.name}.draft"
-            command = [go, "build", "-mod=readonly", "-trimpath", "-ldflags=-s -w", f"-tags={program.tags}"]
-            done = subprocess.run(
-                [*command, "-o", str(draft), program.package],
-                cwd=_FOLDER / program.name,
-                env={**os.environ, "CGO_ENABLED": "0"},  # a file that needs no library
-                capture_output=True,
-                text=True,
-                timeout=_BUILD_TIMEOUT_S,
-            )
-            if done.returncode:
-                last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-                raise ProgramMissing(f"{program.name} {program.version} could not be built: {last}")
-            draft.replace(built)
-    return built
+    command = [go, "build", "-mod=readonly", "-trimpath", "-ldflags=-s -w", f"-tags={program.tags}"]
+    done = subprocess.run(
+        [*command, "-o", str(draft), program.package],
+        cwd=_FOLDER / program.name,
+        env={**os.environ, "CGO_ENABLED": "0"},  # a file that needs no library
+        capture_output=True,
+        text=True,
+        timeout=_BUILD_TIMEOUT_S,
+    )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise ProgramMissing(f"{program.name} {program.version} could not be built: {last}")
