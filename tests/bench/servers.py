@@ -36,6 +36,7 @@ PROMPT_LETTERS = 300
 CLIENTS = 4
 ROUNDS = 5
 _START_S, _ANSWER_S, _STOP_S = 120.0, 300.0, 90.0
+_PIECES_UNDER_WAY = 8  # of all clients together: then answers have begun, and none has ended
 _ENDINGS = (signal.SIGINT, signal.SIGTERM)
 _OURS = "mini-llm"
 _MODEL = "bench"  # what it is asked for by
@@ -215,7 +216,7 @@ def end_while_streaming(
         target=lambda: answers.extend(ask_at_once(port, numbers, streaming.release)), daemon=True
     )
     clients.start()
-    for _ in range(8):
+    for _ in range(_PIECES_UNDER_WAY):
         if not streaming.acquire(timeout=_ANSWER_S):
             raise NotMeasured(f"it gave no answers to {len(numbers)} clients at once")
     if drain and server.drain:
@@ -332,11 +333,6 @@ def _post(port: int, path: str, body: Any) -> None:
         connection.close()
 
 
-def local_ai(model: Path, folder: Path) -> Server:
-    """Not to be had."""
-    raise ProgramMissing("there is no recipe here to build it with")
-
-
 def reading_s(path: Path) -> float:
     """What reading a file takes that the kernel holds already."""
     buffer, begun_s = bytearray(1 << 22), time.perf_counter()
@@ -397,7 +393,7 @@ def report(rows: list[Row], lives: dict[str, list[Life]], missing: dict[str, str
 
 def measure(model: Path, rounds: int) -> int:
     """Prints all of it; the exit code tells whether this checkout itself could be measured."""
-    recipes = {_OURS: mini_llm, "llama-server": llama_server, "Ollama": ollama, "LocalAI": local_ai}
+    recipes = {_OURS: mini_llm, "llama-server": llama_server, "Ollama": ollama}
     servers: list[Server] = []
     missing: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as name:
@@ -452,6 +448,8 @@ def main() -> int:
     parser.add_argument("--model", choices=models, default="half-billion", help="random weights in this shape")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="lives of each server (default: %(default)s)")
     arguments = parser.parse_args()
+    if arguments.rounds < 1:
+        parser.error("--rounds must be at least 1")
     for number in _ENDINGS:
         signal.signal(number, end_once)
     return measure(models[arguments.model](ROOT / ".cache" / "bench"), arguments.rounds)
