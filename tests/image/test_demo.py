@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 
+from tests.absent import did_not_run
+from tests.demo import CannotRun, check_machine
 from tests.image.harness import ROOT
 
 _STEPS = [
@@ -22,6 +24,10 @@ _STEPS = [
 
 def test_the_demo(host: None, tools: None) -> None:
     """Each step, no failed request, nothing left; by the API where Terraform's provider cannot be had."""
+    try:
+        check_machine()
+    except CannotRun as error:
+        did_not_run(error)
     command = [sys.executable, "-m", "tests.demo"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
