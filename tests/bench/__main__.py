@@ -263,7 +263,7 @@ def measure_health(service: Service) -> Figure:
 def read_bandwidth_gb_per_s() -> float:
     """What the host reads from memory with as many threads as the engine has: the ceiling of decoding.
 
-    By BLAS's product of a vector with itself; numpy's sum adds more slowly than memory is read (30 against 38 to 45 GB/s).
+    By BLAS's product of a vector with itself: numpy's sum adds more slowly than memory is read (30 to 38 GB/s).
     """
     part = numpy.ones(128_000_000, dtype=numpy.float32)
     parts = numpy.array_split(part, host.threads_here())
