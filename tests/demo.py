@@ -24,6 +24,7 @@ import psutil
 import requests
 from hcloud import APIException
 
+from scripts.bake.answers import given
 from scripts.handover_key import make_pair
 from scripts.local_cloud.machines.host import HostUnfit, check_host, check_image_tools, check_pool_tools
 from scripts.local_cloud.machines.network import tag_of, transfer_addresses
@@ -163,7 +164,7 @@ def launching(
 
     def point() -> None:
         addresses = {each.type: each.ip for each in client.floating_ips.get_all()}
-        server.point(DOMAIN, addresses["ipv4"])
+        server.point(DOMAIN, given(addresses["ipv4"]))
 
     root = folder / "root.pem"
     server.write_root(root)
@@ -386,8 +387,8 @@ def main() -> int:
         code = 130
         if not story.wrong:
             print("interrupted; nothing of it is left", file=sys.stderr)
-    for each in story.wrong:
-        print(f"error: {each}", file=sys.stderr)
+    for problem in story.wrong:
+        print(f"error: {problem}", file=sys.stderr)
     return code or (1 if story.wrong else 0)
 
 

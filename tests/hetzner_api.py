@@ -106,7 +106,7 @@ def draw(document: Document) -> Document:
 
 @cache
 def _shapes() -> Document:
-    return json.loads(_SHAPES.read_text("utf-8"))
+    return dict(json.loads(_SHAPES.read_text("utf-8")))
 
 
 @cache

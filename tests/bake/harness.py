@@ -18,6 +18,7 @@ import requests
 from hcloud import APIException
 from hcloud.images import BoundImage
 
+from scripts.bake.answers import given
 from scripts.local_cloud.api.app import pad_token
 from tests.local_cloud.harness import TOKEN, LocalCloud, running_cloud
 from tests.programs import PACKER, PACKER_PLUGIN_HCLOUD, obtain
@@ -189,12 +190,12 @@ class Bench:
 
     def snapshots(self, **labels: str) -> list[BoundImage]:
         """The snapshots that have these labels."""
-        every = self.cloud.client().images.get_all(type="snapshot")
-        return [one for one in every if all(one.labels.get(name) == value for name, value in labels.items())]
+        every = self.cloud.client().images.get_all(type=["snapshot"])
+        return [one for one in every if labels.items() <= given(one.labels).items()]
 
     def verified(self) -> list[BoundImage]:
         """Images that have passed their checks."""
-        return [one for one in self.snapshots(layer="service") if "verified-at" in one.labels]
+        return [one for one in self.snapshots(layer="service") if "verified-at" in given(one.labels)]
 
     def left(self) -> list[str]:
         """What a bake should not have left: servers, keys, snapshots that nobody has finished."""
@@ -202,7 +203,7 @@ class Bench:
         found = [f"server {one.name}" for one in client.servers.get_all()]
         found += [f"SSH key {one.name}" for one in client.ssh_keys.get_all()]
         found += [f"primary IP {one.name}" for one in client.primary_ips.get_all()]
-        unfinished = [one for one in self.snapshots() if "deadline" in one.labels or one.status != "available"]
+        unfinished = [one for one in self.snapshots() if "deadline" in given(one.labels) or one.status != "available"]
         found += [f"snapshot {one.id} {one.status} {one.labels}" for one in unfinished]
         return found + [f"process {words}" for words in self.find_processes().values()]
 
@@ -238,7 +239,7 @@ class Bench:
             _insist(lambda server=server: server.delete().wait_until_finished())
         for key in client.ssh_keys.get_all():
             _insist(key.delete)
-        for image in client.images.get_all(type="snapshot"):
+        for image in client.images.get_all(type=["snapshot"]):
             _insist(image.delete)
         shutil.rmtree(self.state, ignore_errors=True)
         self.state.mkdir()

@@ -27,13 +27,13 @@ from tests.image.registry import make_certificate
 
 _MOMENTS = 10
 # What hcloud-go tries again: client_handler_retry.go in https://github.com/hetznercloud/hcloud-go.
-_PASSING = {
+_PASSING: dict[str, dict[str, Any]] = {
     "409 conflict": {"kind": "error", "status": 409, "code": "conflict", "message": "conflict"},
     "429 rate_limit_exceeded": {"kind": "error", "status": 429, "code": "rate_limit_exceeded", "message": "slowly"},
     "502 bad_gateway": {"kind": "error", "status": 502, "code": "bad_gateway", "message": "bad gateway"},
     "504 timeout": {"kind": "error", "status": 504, "code": "timeout", "message": "timeout"},
 }
-_FATAL = {
+_FATAL: dict[str, dict[str, Any]] = {
     "403 forbidden": {"kind": "error", "status": 403, "code": "forbidden", "message": "insufficient permissions"},
     "reset": {"kind": "reset"},
     "lost_answer": {"kind": "lost_answer"},

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy
@@ -103,11 +104,11 @@ def requests_per_s(port: int, request: bytes, connections: int = 8, duration_s: 
             client.sendall(request)
         while time.perf_counter() < end_s:
             for key, _ in selector.select(0.1):
-                client = key.fileobj
-                assert isinstance(client, socket.socket)
-                assert read_answer(client).startswith(b"HTTP/1.1 200")
+                answered = key.fileobj
+                assert isinstance(answered, socket.socket)
+                assert read_answer(answered).startswith(b"HTTP/1.1 200")
                 done += 1
-                client.sendall(request)
+                answered.sendall(request)
         for client in clients:
             client.close()
     return done / duration_s
@@ -138,7 +139,7 @@ class Peer:
         self.process.stdin.flush()
         answer = json.loads(self.process.stdout.readline())
         assert answer["tokens"] == ANSWER_TOKENS, answer
-        return answer["tokens"] / answer["seconds"]
+        return ANSWER_TOKENS / float(answer["seconds"])
 
     def close(self) -> None:
         self.process.kill()
@@ -210,8 +211,13 @@ def measure_stack() -> Iterator[Figure]:
 
     Authentication, all limits of key and address, and the audit log are on; FastAPI has limits and nothing else of it.
     """
-    address_limits = {f"address_{name}": LIMIT for name in ("requests_per_minute", "tokens_per_day", "parallel")}
-    with running_service(engine_adapter=FAKE, auth="keys", **address_limits) as service:
+    with running_service(
+        engine_adapter=FAKE,
+        auth="keys",
+        address_requests_per_minute=LIMIT,
+        address_tokens_per_day=LIMIT,
+        address_parallel=LIMIT,
+    ) as service:
         limits = [f"--{name}={LIMIT}" for name in ("requests-per-minute", "tokens-per-day", "parallel")]
         request = raw_request(service.port, "say x", service.keys("add", "bench", *limits))
         with echo_server() as echo_port:
@@ -295,7 +301,7 @@ def measure_engine() -> Iterator[Figure]:
         peers = {kind: Peer(kind, model) for kind in ("adapter", "gpt4all")}
         runs: dict[str, Callable[[], float]] = {
             "http": through_http,
-            **{kind: lambda peer=peer: peer.tokens_per_s(prompt) for kind, peer in peers.items()},
+            **{kind: partial(peer.tokens_per_s, prompt) for kind, peer in peers.items()},
         }
         seen: dict[str, list[float]] = {name: [] for name in runs}
         names = list(runs)

@@ -17,16 +17,17 @@ NOTHING_GOAL_S = 2.0
 
 def bare(bakery: Bakery, folder: Path) -> float:
     """Packer alone, by hand: the same layers in the same two runs; their snapshots are gone afterwards."""
-    client, _ = bakery.cloud.client(), folder.mkdir()
+    folder.mkdir()
+    client = bakery.cloud.client()
     given = [f"-var=pins_file={bakery.more[1]}", f"-var=extra_ca_file={bakery.more[3]}"]
     template = str(bakery.tree / "image")
     begin_s = time.monotonic()
     packer(folder, bakery.environment, "build", *given, "-var=last_layer=stack", "-var=image_version=bare", template)
-    stack = client.images.get_all(type="snapshot", sort="id:desc")[0]
+    stack = client.images.get_all(type=["snapshot"], sort=["id:desc"])[0]
     words = ["-var=first_layer=service", f"-var=from_image={stack.id}", "-var=image_version=bare-2"]
     packer(folder, bakery.environment, "build", *given, *words, template)
     took_s = time.monotonic() - begin_s
-    for each in client.images.get_all(type="snapshot"):
+    for each in client.images.get_all(type=["snapshot"]):
         each.delete()
     return took_s
 

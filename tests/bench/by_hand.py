@@ -10,7 +10,7 @@ from hcloud.images import Image
 from hcloud.server_types import ServerType
 from hcloud.ssh_keys import BoundSSHKey
 
-from tests.local_cloud.harness import ssh
+from tests.local_cloud.harness import address_of, ssh
 
 _SCRIPTS = Path(__file__).with_name("usual_way")
 # Where an index is reached through a network that inspects TLS, its authority stands among the host's.
@@ -23,7 +23,7 @@ def usual_way(client: Client, known: BoundSSHKey, key: Path, model: Path) -> dic
     begun_s = time.monotonic()
     made = client.servers.create("by-hand", ServerType(name="cx23"), Image(name="debian-13"), ssh_keys=[known])
     try:
-        address = str(made.server.public_net.ipv4.ip)
+        address = address_of(made.server)
         ssh(key, address, "mkdir by-hand")
         steps = {"boot to SSH": time.monotonic() - begun_s}
         copied_s = time.monotonic()
@@ -42,7 +42,7 @@ def usual_way(client: Client, known: BoundSSHKey, key: Path, model: Path) -> dic
 
 
 def _copy(key: Path, address: str, *files: Path) -> None:
-    options = ["-q", "-i", key, "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"]
+    options = ["-q", "-i", str(key), "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"]
     subprocess.run(["scp", *options, *files, f"root@{address}:by-hand/"], check=True, timeout=300)
 
 

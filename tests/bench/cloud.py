@@ -10,7 +10,7 @@ from hcloud.images import Image
 from hcloud.server_types import ServerType
 from hcloud.servers import BoundServer
 
-from tests.local_cloud.harness import make_key, running_cloud, ssh, wait_until_off
+from tests.local_cloud.harness import address_of, make_key, running_cloud, ssh, wait_until_off
 
 ROUNDS = 5
 SMALL, DEBIAN = ServerType(name="cx23"), Image(name="debian-13")
@@ -26,7 +26,7 @@ def main() -> int:
         def boot(image: Image) -> tuple[float, BoundServer]:
             begun_s = time.monotonic()
             made = client.servers.create("bench", SMALL, image, ssh_keys=[known])
-            ssh(key, made.server.public_net.ipv4.ip, "true")
+            ssh(key, address_of(made.server), "true")
             return time.monotonic() - begun_s, made.server
 
         for _ in range(ROUNDS):
@@ -34,7 +34,7 @@ def main() -> int:
             seen["create to SSH"].append(took_s)
             begun_s = time.monotonic()
             server.shutdown().wait_until_finished()
-            wait_until_off(client, server.id)
+            wait_until_off(client, server)
             made = server.create_image("bench")
             made.action.wait_until_finished()
             seen["power-off and snapshot"].append(time.monotonic() - begun_s)

@@ -90,7 +90,7 @@ def power_on_s(
     times_s = []
     for _ in range(rounds):
         own.server.power_off().wait_until_finished()
-        wait_until_off(bench.client, own.server.id)
+        wait_until_off(bench.client, own.server)
         before()
         begun_s = time.monotonic()
         own.server.power_on()

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from scripts.bake.answers import given
 from scripts.handover_key import make_pair
 from scripts.local_cloud.machines.network import tag_of, transfer_addresses
 from tests.bench.model import talkative
@@ -88,7 +89,7 @@ def main() -> int:
             "api_keys": [_KEY],
         }
         made = ends.enter_context(
-            api_deployment(folder, cloud, root, image.id, key.with_suffix(".pub").read_text(), **facts)
+            api_deployment(folder, cloud, root, given(image.id), key.with_suffix(".pub").read_text(), **facts)
         )
         address = made.outputs()["ipv4_address"]
         for each in (DOMAIN, f"monitoring.{DOMAIN}"):

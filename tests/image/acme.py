@@ -35,7 +35,7 @@ class AcmeServer:
 
     def write_root(self, path: Path) -> None:
         """The certificate that what it issues is trusted by."""
-        answer = requests.get(f"{self._management}/roots/0", verify=self.authority, timeout=10)
+        answer = requests.get(f"{self._management}/roots/0", verify=str(self.authority), timeout=10)
         answer.raise_for_status()
         path.write_text(answer.text)
 
@@ -76,7 +76,7 @@ def running_acme_server(folder: Path, host: str, name_server: str | None = None)
         end_s = time.monotonic() + _START_TIMEOUT_S
         while True:
             try:
-                requests.get(directory, verify=chain, timeout=5).raise_for_status()
+                requests.get(directory, verify=str(chain), timeout=5).raise_for_status()
                 break
             except requests.ConnectionError:
                 assert time.monotonic() < end_s, (folder / "pebble.log").read_text()

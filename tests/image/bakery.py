@@ -12,6 +12,7 @@ from typing import Any
 
 import requests
 
+from scripts.bake.answers import given
 from tests.image.harness import ROOT, packer_environment, stand_in_registry
 from tests.local_cloud.harness import TOKEN, LocalCloud, running_cloud
 
@@ -75,8 +76,8 @@ class Bakery:
             *(f"key {each.name}" for each in client.ssh_keys.get_all()),
             *(
                 f"snapshot {each.description}"
-                for each in client.images.get_all(type="snapshot")
-                if "deadline" in each.labels
+                for each in client.images.get_all(type=["snapshot"])
+                if "deadline" in given(each.labels)
             ),
         ]
 

@@ -15,14 +15,14 @@ from typing import Any
 
 from hcloud import Client
 from hcloud.images import BoundImage, Image
-from hcloud.networks import BoundNetwork
+from hcloud.networks import BoundNetwork, Network
 from hcloud.server_types import ServerType
 from hcloud.servers import BoundServer
 from hcloud.ssh_keys import BoundSSHKey
 
 from scripts.local_cloud.machines.network import tag_of, transfer_addresses
 from tests.image.registry import make_certificate, running_registry
-from tests.local_cloud.harness import LocalCloud, free_port, ssh
+from tests.local_cloud.harness import LocalCloud, address_of, free_port, ssh
 from tests.programs import (
     ALERTMANAGER,
     GRAFANA_STAND_IN,
@@ -99,7 +99,7 @@ def bake(cloud: LocalCloud, folder: Path, **variables: str) -> BoundImage:
         words = [f"-var={name}={value}" for name, value in variables.items()]
         words += [f"-var=pins_file={pins_file}", f"-var=extra_ca_file={authorities}"]
         packer(folder, cloud.environment, "build", "-color=false", *words, "image")
-    return cloud.client().images.get_all(type="snapshot", sort="id:desc")[0]
+    return cloud.client().images.get_all(type=["snapshot"], sort=["id:desc"])[0]
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def node(
     facts: str | None = None,
     acme: dict[str, str] | None = None,
     more: dict[str, Any] | None = None,
-    networks: list[BoundNetwork] | None = None,
+    networks: list[Network | BoundNetwork] | None = None,
 ) -> Iterator[Node]:
     """A node with one API key and a certificate of its own, or one to order; or with the facts given. Deleted after.
 
@@ -217,6 +217,6 @@ def node(
         try:
             for action in (made.action, *made.next_actions):
                 action.wait_until_finished()
-            yield Node(made.server, str(made.server.public_net.ipv4.ip), key_file, api_key, password, chain)
+            yield Node(made.server, address_of(made.server), key_file, api_key, password, chain)
         finally:
             made.server.delete().wait_until_finished()

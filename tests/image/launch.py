@@ -15,6 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from scripts.bake.answers import given
 from tests.absent import did_not_run
 from tests.image.acme import AcmeServer
 from tests.image.harness import DOMAIN, ROOT
@@ -115,7 +116,7 @@ class Deployment:
     def node_names(self) -> list[str]:
         """The deployment's servers."""
         servers = self.cloud.client().servers.get_all(label_selector="deployment=launch")
-        return sorted(each.name for each in servers)
+        return sorted(given(each.name) for each in servers)
 
 
 def generate(authority: Path, address: str, key: str, timeout_s: float = 10.0) -> int:
@@ -196,7 +197,8 @@ def apply_with_names(made: Deployment, server: AcmeServer) -> str:
     code, said = made.run("apply", "-auto-approve", "-input=false", "-target=hcloud_floating_ip.service")
     assert code == 0, said
     addresses = {each.name: each.ip for each in made.cloud.client().floating_ips.get_all()}
+    address = given(addresses["launch-ipv4"])
     for name in (DOMAIN, f"monitoring.{DOMAIN}"):
-        server.point(name, addresses["launch-ipv4"])
+        server.point(name, address)
     made.apply()
-    return str(addresses["launch-ipv4"])
+    return address

@@ -28,7 +28,7 @@ from hcloud.ssh_keys import BoundSSHKey
 
 from tests.image.harness import DOMAIN, ROOT
 from tests.image.launch import generate
-from tests.local_cloud.harness import LocalCloud, wait_until_off
+from tests.local_cloud.harness import LocalCloud, address_of, wait_until_off
 
 _EVERYWHERE = ["0.0.0.0/0", "::/0"]
 _PROOF_TIMEOUT_S = 400
@@ -75,7 +75,7 @@ class ApiDeployment:
             "ipv6_address": str(IPv6Network(self.addresses["ipv6"].ip)[1]),  # of its 2^64
         }
         if self.node is not None:
-            told["node"] = {"name": self.node.name, "ipv4": str(self.node.public_net.ipv4.ip)}
+            told["node"] = {"name": self.node.name, "ipv4": address_of(self.node)}
         return told
 
     def roll_out(self, **facts: Any) -> Rollout:
@@ -87,7 +87,7 @@ class ApiDeployment:
         old, proof_key, at_s = self.node, f"mllm_{secrets.token_hex(32)}", [time.monotonic()]
         new = self._create_node(proof_key)
         at_s.append(time.monotonic())
-        said = self._prove("gate", str(new.public_net.ipv4.ip), proof_key)
+        said = self._prove("gate", address_of(new), proof_key)
         at_s.append(time.monotonic())
         for kind in ("ipv6", "ipv4"):  # in this order, as terraform/main.tf tells
             self.addresses[kind].assign(new).wait_until_finished()
@@ -97,10 +97,11 @@ class ApiDeployment:
         at_s.append(time.monotonic())
         if old is not None:
             old.shutdown().wait_until_finished()
-            wait_until_off(self.cloud.client(), old.id, _STOP_TIMEOUT_S)
+            wait_until_off(self.cloud.client(), old, _STOP_TIMEOUT_S)
             old.delete().wait_until_finished()
         at_s.append(time.monotonic())
-        return Rollout(said, *(end_s - begin_s for begin_s, end_s in pairwise(at_s)), moved_at_s=at_s[3])
+        created_s, proved_s, moved_s, drained_s, gone_s = (end_s - begin_s for begin_s, end_s in pairwise(at_s))
+        return Rollout(said, created_s, proved_s, moved_s, drained_s, gone_s, moved_at_s=at_s[3])
 
     def _create_node(self, proof_key: str) -> BoundServer:
         proof = {

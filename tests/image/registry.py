@@ -67,7 +67,7 @@ class Registry:
         self._send("PUT", begun.headers["Location"], params={"digest": _digest(content)}, data=content)
 
     def _send(self, method: str, url: str, **more: Any) -> requests.Response:
-        answer = requests.request(method, url, verify=self.authority, timeout=60, **more)
+        answer = requests.request(method, url, verify=str(self.authority), timeout=60, **more)
         answer.raise_for_status()
         return answer
 
@@ -117,7 +117,7 @@ def running_registry(folder: Path, host: str, port: int) -> Iterator[Registry]:
         end_s = time.monotonic() + _START_TIMEOUT_S
         while True:
             try:
-                requests.get(f"https://{address}/v2/", verify=chain, timeout=5).raise_for_status()
+                requests.get(f"https://{address}/v2/", verify=str(chain), timeout=5).raise_for_status()
                 break
             except requests.ConnectionError:
                 assert process.poll() is None, (folder / "registry.log").read_text()

@@ -17,6 +17,7 @@ import pytest
 from hcloud.images import BoundImage
 from hcloud.zones import BoundZone
 
+from scripts.bake.answers import given
 from tests.image.harness import DOMAIN, ROOT
 from tests.image.launch import APPLY_TIMEOUT_S, KEYS, MONITORING_HASH, Deployment, api_key, apply_with_names, deployment
 from tests.image.registry import make_certificate
@@ -168,12 +169,12 @@ def test_drift_is_told(launched: Deployment) -> None:
 
     assert look() == (1, [{"what": "image", "told": "nobody holds the channel stable"}])
     snapshot = client.images.get_by_id(image)
-    kept = snapshot.labels
+    kept = given(snapshot.labels)
     snapshot.update(labels={**kept, "stable": "1", "verified-at": "20261126T120000Z"})
     (launched.folder / "image.auto.tfvars.json").write_text(json.dumps({"image_id": image}))
     try:
         assert look() == (0, [])
-        client.firewalls.get_by_name("launch").set_rules([])
+        given(client.firewalls.get_by_name("launch")).set_rules([])
         assert look() == (1, [{"what": "plan", "told": "hcloud_firewall.node: update"}])
         launched.apply()
         assert look() == (0, [])
@@ -234,8 +235,8 @@ def test_a_lost_state_is_made_anew_around_the_addresses(launched: Deployment) ->
         path.unlink()
     for server in client.servers.get_all(label_selector="deployment=launch"):
         server.delete().wait_until_finished()
-    assert client.networks.get_by_name("launch").delete()
-    assert client.firewalls.get_by_name("launch").delete()
+    assert given(client.networks.get_by_name("launch")).delete()
+    assert given(client.firewalls.get_by_name("launch")).delete()
     blocks = re.findall(r"(?ms)^import \{.*?^\}$", (ROOT / "OPERATING.md").read_text())
     assert len(blocks) == 2
     ids = {each.type: str(each.id) for each in client.floating_ips.get_all()}
@@ -292,11 +293,11 @@ def test_the_example_as_it_is(cloud: LocalCloud, image: BoundImage, program: str
             assert code == 0, said
             [address] = [each.ip for each in cloud.client().floating_ips.get_all() if each.type == "ipv4"]
             for name in ("llm.example.org", "monitoring.llm.example.org"):
-                server.point(name, address)
+                server.point(name, given(address))
             assert f"llm.example.org at {address} serves after" in made.apply()
             assert made.outputs()["url"] == "https://llm.example.org"
             [node] = cloud.client().servers.get_all(label_selector="deployment=mini-llm")
-            assert node.server_type.name == "cx33"
+            assert given(node.server_type).name == "cx33"
             assert made.changes() == ""
 
 
@@ -366,7 +367,7 @@ def test_with_records_in_a_zone(cloud: LocalCloud, image: BoundImage, program: s
             found = cloud.client().zones.get(DOMAIN).get_rrset_all(label_selector="deployment=launch")
             told = made.outputs()
             addresses = {"A": told["ipv4_address"], "AAAA": told["ipv6_address"]}
-            assert sorted((each.id, each.ttl, each.records[0].value) for each in found) == [
+            assert sorted((each.id, each.ttl, given(each.records)[0].value) for each in found) == [
                 (f"{name}/{kind}", 300, addresses[kind]) for name in ("@", "monitoring") for kind in ("A", "AAAA")
             ]
             assert made.changes() == ""

@@ -337,9 +337,9 @@ def test_the_alerts_times_are_what_they_say(tmp_path: Path) -> None:
     if shutil.which("promtool") is None:
         did_not_run("promtool is not here; as root, make test gets it")
     for words in (
-        ["check", "config", "--syntax-only", STACK / "prometheus" / "prometheus.yaml"],
-        ["check", "rules", STACK / "prometheus" / "alerts.yaml"],
-        ["test", "rules", Path(__file__).with_name("alerts_test.yaml")],
+        ["check", "config", "--syntax-only", str(STACK / "prometheus" / "prometheus.yaml")],
+        ["check", "rules", str(STACK / "prometheus" / "alerts.yaml")],
+        ["test", "rules", str(Path(__file__).with_name("alerts_test.yaml"))],
     ):
         done = subprocess.run(["promtool", *words], capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stdout + done.stderr

@@ -13,6 +13,7 @@ from hcloud.images import BoundImage
 from hcloud.networks import BoundNetwork, NetworkSubnet
 from hcloud.ssh_keys import BoundSSHKey
 
+from scripts.bake.answers import given
 from scripts.local_cloud.machines.network import tag_of
 from scripts.local_cloud.machines.private_networks import link_name
 from tests.image.harness import Node, node
@@ -52,7 +53,7 @@ def wait_for_set(own: Node, expected: list[str], patience_s: float = 30.0) -> No
 
 
 def private_address(cloud: LocalCloud, own: Node) -> str:
-    [link] = cloud.client().servers.get_by_id(own.server.id).private_net
+    [link] = given(cloud.client().servers.get_by_id(given(own.server.id)).private_net)
     return str(link.ip)
 
 
@@ -60,7 +61,7 @@ def private_address(cloud: LocalCloud, own: Node) -> str:
 def running_dhcp_server(cloud: LocalCloud, own: Node, network: BoundNetwork, address: str) -> Iterator[None]:
     """At the network's end of the node's link; the local cloud itself has none."""
     namespace = f"mlc-{tag_of(cloud.state)}-n{network.id}"
-    words = [sys.executable, DHCP_SERVER, link_name(own.server.id), "10.9.0.1", address, RANGE]
+    words = [sys.executable, str(DHCP_SERVER), link_name(given(own.server.id)), "10.9.0.1", address, RANGE]
     command = ["ip", "netns", "exec", namespace, *words]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hcloud.images import BoundImage
 
+from scripts.bake.answers import given
 from scripts.handover_key import make_pair
 from tests.bench.model import talkative
 from tests.image.acme import AcmeServer
@@ -190,7 +191,7 @@ def test_a_rollout_without_terraform(cloud: LocalCloud, image: BoundImage, tmp_p
         root, place = tmp_path / "root.pem", tmp_path / "api"
         facts = {"acme": acme, "handover": make_pair(datetime.now(UTC)), "api_keys": [unlimited("alice")]}
         public_key = key.with_suffix(".pub").read_text()
-        with api_deployment(place, cloud, root, image.id, public_key, **facts) as made:
+        with api_deployment(place, cloud, root, given(image.id), public_key, **facts) as made:
             told = made.outputs()
             for name in (DOMAIN, f"monitoring.{DOMAIN}"):
                 server.point(name, told["ipv4_address"])
@@ -250,7 +251,7 @@ def test_what_goes_wrong_leaves_the_old_node_serving(
             assert made.changes() == ""
 
         assert orders(server) == issued
-        old = cloud.client().servers.get_by_name(made.outputs()["node"]["name"])
+        old = given(cloud.client().servers.get_by_name(made.outputs()["node"]["name"]))
         dying = threading.Timer(4.0, lambda: old.power_off())
         dying.start()
         made.apply(api_keys=[api_key("alice")])

@@ -16,7 +16,9 @@ from pathlib import Path
 
 import requests
 from hcloud import Client
+from hcloud.servers import BoundServer
 
+from scripts.bake.answers import given
 from scripts.local_cloud.machines.network import find_overlap, tag_of, transfer_addresses
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,8 +47,8 @@ class LocalCloud:
         """The address that it answers for names at."""
         return transfer_addresses(tag_of(self.state))[1]
 
-    def client(self, **settings: float) -> Client:
-        return Client(TOKEN, api_endpoint=self.endpoint, poll_interval=0.1, **settings)
+    def client(self) -> Client:
+        return Client(TOKEN, api_endpoint=self.endpoint, poll_interval=0.1)
 
     def output(self) -> str:
         return (self.state.parent / "cloud.log").read_text()
@@ -164,10 +166,15 @@ def cut_off(cloud: LocalCloud, *names: str) -> None:
     assert (answer.status_code, answer.json()) == (200, {"cut_off": list(names)})
 
 
-def wait_until_off(client: Client, server_id: int, patience_s: float = 30.0) -> None:
+def address_of(server: BoundServer) -> str:
+    """The public IPv4 address that a server was made with."""
+    return given(given(server.public_net).ipv4).ip
+
+
+def wait_until_off(client: Client, server: BoundServer, patience_s: float = 30.0) -> None:
     """A shutdown's success says only that the button was pressed."""
     end_s = time.monotonic() + patience_s
-    while client.servers.get_by_id(server_id).status != "off":
+    while client.servers.get_by_id(given(server.id)).status != "off":
         assert time.monotonic() < end_s, "the server did not go off"
         time.sleep(0.05)
 

@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hcloud import APIException, Client
@@ -16,9 +17,10 @@ from hcloud.server_types import ServerType
 from hcloud.servers import BoundServer
 from hcloud.ssh_keys import BoundSSHKey
 
+from scripts.bake.answers import given
 from tests.absent import did_not_run
 from tests.commands import ROOT, blocks
-from tests.local_cloud.harness import LocalCloud, make_key, running_cloud, ssh, wait_until_off
+from tests.local_cloud.harness import LocalCloud, address_of, make_key, running_cloud, ssh, wait_until_off
 from tests.programs import PACKER, PACKER_PLUGIN_HCLOUD, ProgramMissing, obtain
 
 SMALL, DEBIAN = ServerType(name="cx23"), Image(name="debian-13")
@@ -34,13 +36,8 @@ def known_key(client: Client, key: Path) -> BoundSSHKey:
     return client.ssh_keys.create("known", key.with_suffix(".pub").read_text())
 
 
-def address_of(server: BoundServer) -> str:
-    assert server.public_net is not None
-    return str(server.public_net.ipv4.ip)
-
-
 @contextmanager
-def server(client: Client, name: str, image: Image, key: BoundSSHKey, **fields: object) -> Iterator[BoundServer]:
+def server(client: Client, name: str, image: Image, key: BoundSSHKey, **fields: Any) -> Iterator[BoundServer]:
     """A server that runs, and is deleted afterwards."""
     made = client.servers.create(name, SMALL, image, ssh_keys=[key], **fields)
     try:
@@ -63,18 +60,18 @@ def test_hcloud_python_from_server_to_snapshot_to_server(client: Client, key: Pa
         assert metadata.strip() == str(first.id)
         host_key = ssh(key, address_of(first), "cat /etc/ssh/ssh_host_ed25519_key.pub")
         first.shutdown().wait_until_finished()
-        wait_until_off(client, first.id)
+        wait_until_off(client, first)
         made = first.create_image("of the first", labels={"kind": "test"})
         made.action.wait_until_finished()
-    image = client.images.get_by_id(made.image.id)
+    image = client.images.get_by_id(given(made.image.id))
     assert (image.status, image.type, image.name) == ("available", "snapshot", None)
-    assert image.image_size > 0.1
+    assert given(image.image_size) > 0.1
     with server(client, "second", image, known_key) as second:
         assert "by user-data" in ssh(key, address_of(second), "cat /srv/told")
         assert ssh(key, address_of(second), "hostname").strip() == "second"
         assert ssh(key, address_of(second), "cat /etc/ssh/ssh_host_ed25519_key.pub") != host_key
     image.delete()
-    assert client.images.get_all(type="snapshot") == []
+    assert client.images.get_all(type=["snapshot"]) == []
 
 
 def test_hcloud_python_power_and_rebuild(client: Client, key: Path, known_key: BoundSSHKey) -> None:
@@ -82,7 +79,7 @@ def test_hcloud_python_power_and_rebuild(client: Client, key: Path, known_key: B
     with server(client, "powered", DEBIAN, known_key) as powered:
         ssh(key, address_of(powered), "touch /srv/mark && sync")
         powered.power_off().wait_until_finished()
-        assert client.servers.get_by_id(powered.id).status == "off"
+        assert client.servers.get_by_id(given(powered.id)).status == "off"
         powered.power_on().wait_until_finished()
         ssh(key, address_of(powered), "test -e /srv/mark")
         powered.reset().wait_until_finished()
@@ -99,7 +96,7 @@ def test_power_off_from_inside_is_seen(client: Client, key: Path, known_key: Bou
     with server(client, "tired", DEBIAN, known_key) as tired:
         # A second later: had it cut this very connection, SSH's failure would be tried again at a server that is off.
         ssh(key, address_of(tired), "systemd-run --quiet sh -c 'sleep 1; systemctl poweroff'")
-        wait_until_off(client, tired.id)
+        wait_until_off(client, tired)
 
 
 def test_hcloud_cli(cloud: LocalCloud, client: Client, key: Path, known_key: BoundSSHKey) -> None:
@@ -130,7 +127,7 @@ def test_hcloud_cli(cloud: LocalCloud, client: Client, key: Path, known_key: Bou
         if "cli" not in hcloud("server", "list"):
             break
     assert "cli" not in hcloud("server", "list")
-    [image] = client.images.get_all(type="snapshot")
+    [image] = client.images.get_all(type=["snapshot"])
     hcloud("image", "delete", str(image.id))
 
 
@@ -204,7 +201,7 @@ def test_packer_bakes_a_snapshot_that_boots(host: None, tmp_path: Path, key: Pat
             )
             assert done.returncode == 0, done.stdout + done.stderr
         client = cloud.client()
-        [image] = client.images.get_all(type="snapshot")
+        [image] = client.images.get_all(type=["snapshot"])
         assert (image.description, image.labels) == ("trivial", {"purpose": "test"})
         assert client.ssh_keys.get_all() == []
         known = client.ssh_keys.create("known", key.with_suffix(".pub").read_text())

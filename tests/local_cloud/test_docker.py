@@ -5,7 +5,7 @@ from pathlib import Path
 from hcloud.images import Image
 from hcloud.server_types import ServerType
 
-from tests.local_cloud.harness import LocalCloud, ssh
+from tests.local_cloud.harness import LocalCloud, address_of, ssh
 
 # Everything from Debian's packages: the engine, and a program that needs no library for the image.
 INSTALL = """
@@ -39,7 +39,7 @@ def test_compose_in_a_server(cloud: LocalCloud, key: Path) -> None:
     known = client.ssh_keys.create("docker", key.with_suffix(".pub").read_text())
     made = client.servers.create("docker", ServerType(name="cx23"), Image(name="debian-13"), ssh_keys=[known])
     try:
-        address = made.server.public_net.ipv4.ip
+        address = address_of(made.server)
         assert ssh(key, address, INSTALL).strip() == "active"
         assert "local/web:1" in ssh(key, address, MAKE_IMAGE)
         ssh(key, address, f"mkdir -p /srv/web && cat > /srv/web/compose.yaml <<'END'{COMPOSE}END")

@@ -12,12 +12,23 @@ from hcloud.actions import ActionTimeoutException
 from hcloud.images import Image
 from hcloud.server_types import ServerType
 
-from tests.local_cloud.harness import ROOT, TOKEN, LocalCloud, make_key, running_cloud, ssh, traces, wait_until_off
+from scripts.bake.answers import given
+from tests.local_cloud.harness import (
+    ROOT,
+    TOKEN,
+    LocalCloud,
+    address_of,
+    make_key,
+    running_cloud,
+    ssh,
+    traces,
+    wait_until_off,
+)
 
 SMALL, DEBIAN = ServerType(name="cx23"), Image(name="debian-13")
 
 
-def plan(cloud: LocalCloud, *faults: dict[str, object]) -> None:
+def plan(cloud: LocalCloud, *faults: dict[str, str | float]) -> None:
     """Puts a plan of faults in place; none of them takes it away."""
     url = cloud.endpoint.removesuffix("/v1") + "/_local/faults"
     answer = requests.put(url, json={"faults": list(faults)}, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=10)
@@ -38,7 +49,7 @@ def test_everything_is_there_after_a_stop_and_after_a_kill(host: None, tmp_path:
         off = client.servers.create("off", SMALL, DEBIAN, ssh_keys=[known], start_after_create=False)
         for action in (on.action, *on.next_actions, off.action):
             action.wait_until_finished()
-        address = on.server.public_net.ipv4.ip
+        address = address_of(on.server)
         ssh(key, address, "echo kept > /srv/kept && sync")
         image = off.server.create_image("kept")
         image.action.wait_until_finished()
@@ -46,10 +57,10 @@ def test_everything_is_there_after_a_stop_and_after_a_kill(host: None, tmp_path:
             end()
             cloud.restart()
             assert ssh(key, address, "cat /srv/kept").strip() == "kept"
-            assert client.servers.get_by_id(off.server.id).status == "off"
-            assert client.images.get_by_id(image.image.id).status == "available"
+            assert client.servers.get_by_id(given(off.server.id)).status == "off"
+            assert client.images.get_by_id(given(image.image.id)).status == "available"
         booted = client.servers.create("booted", SMALL, image.image, ssh_keys=[known])
-        assert ssh(key, booted.server.public_net.ipv4.ip, "hostname").strip() == "booted"
+        assert ssh(key, address_of(booted.server), "hostname").strip() == "booted"
 
 
 def test_work_that_a_kill_cuts_short_has_its_documented_end(host: None, tmp_path: Path) -> None:
@@ -74,7 +85,7 @@ def test_a_stop_during_a_reboot_is_soon_and_the_server_comes_back(host: None, tm
         client = cloud.client()
         known = client.ssh_keys.create("known", key.with_suffix(".pub").read_text())
         made = client.servers.create("slow", SMALL, DEBIAN, ssh_keys=[known])
-        address = made.server.public_net.ipv4.ip
+        address = address_of(made.server)
         stubborn = "systemd-run --quiet --property=TimeoutStopSec=60 sh -c 'trap : TERM; while :; do sleep 1; done'"
         ssh(key, address, stubborn)
         made.server.reboot()
@@ -96,7 +107,7 @@ def test_a_clean_beside_a_running_cloud_is_refused_and_takes_nothing(cloud: Loca
     assert (cloud.state / "cloud.sqlite3").exists()
     cloud.stop()
     cloud.restart()
-    assert client.placement_groups.get_by_id(kept.id).name == "kept"
+    assert client.placement_groups.get_by_id(given(kept.id)).name == "kept"
     kept.delete()
 
 
@@ -133,7 +144,7 @@ def test_twenty_servers_at_once(host: None, tmp_path: Path) -> None:
                 action.wait_until_finished()
         servers = client.servers.get_all()
         assert {server.status for server in servers} == {"running"}
-        assert len({server.public_net.ipv4.ip for server in servers}) == 20
+        assert len({address_of(server) for server in servers}) == 20
         assert traces(cloud.state) != before
         for action in [server.delete() for server in servers]:
             action.wait_until_finished()
@@ -180,7 +191,7 @@ def test_reset_and_lost_answer(cloud: LocalCloud, tmp_path: Path) -> None:
             client.ssh_keys.create("lost", public_key)
         plan(cloud)
         assert (client.ssh_keys.get_by_name("lost") is not None) == there
-    client.ssh_keys.get_by_name("lost").delete()
+    given(client.ssh_keys.get_by_name("lost")).delete()
 
 
 def test_actions_that_fail_or_last(cloud: LocalCloud) -> None:
@@ -229,8 +240,8 @@ def test_a_server_loses_its_power_at_a_named_moment(cloud: LocalCloud) -> None:
         action.wait_until_finished()
     plan(cloud, {"path": "/v1/locations", "method": "GET", "kind": "power_lost", "server": "unlucky", "call": 1})
     client.locations.get_all()
-    wait_until_off(client, made.server.id)
+    wait_until_off(client, made.server)
     plan(cloud)
     made.server.power_on().wait_until_finished()
-    assert client.servers.get_by_id(made.server.id).status == "running"
+    assert client.servers.get_by_id(given(made.server.id)).status == "running"
     made.server.delete().wait_until_finished()

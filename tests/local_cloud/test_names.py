@@ -22,11 +22,12 @@ from hcloud.images import Image
 from hcloud.server_types import ServerType
 from hcloud.zones import BoundZone, ZoneRecord, ZoneRRSet
 
+from scripts.bake.answers import given
 from scripts.local_cloud.machine_interface import MachineFailed
 from scripts.local_cloud.machines.host_settings import NAMESPACES
 from scripts.local_cloud.machines.inner_sockets import listen_in
 from scripts.local_cloud.machines.network import tag_of
-from tests.local_cloud.harness import LocalCloud, cut_off, running_cloud, ssh, traces
+from tests.local_cloud.harness import LocalCloud, address_of, cut_off, running_cloud, ssh, traces
 
 OUTSIDE = "127.0.77.53"  # where the resolver of the test answers
 
@@ -139,7 +140,7 @@ def test_the_host_asks_for_what_clients_make(cloud: LocalCloud, client: Client, 
     zone.change_ttl(120).wait_until_finished()
     [found] = ask(address, "new.example.org").answer
     assert (found.ttl, [each.address for each in found]) == (120, ["192.0.2.7"])
-    assert client.zones.get_rrset(zone, "new", "A").records[0].comment == "seven"
+    assert given(client.zones.get_rrset(zone, "new", "A").records)[0].comment == "seven"
     made.rrset.delete_rrset().action.wait_until_finished()
     assert ask(address, "new.example.org").rcode() == dns.rcode.NXDOMAIN
 
@@ -156,7 +157,7 @@ def test_servers_resolve_by_it(cloud: LocalCloud, client: Client, zone: BoundZon
     """It is their only resolver. Cut off, they know zones alone; a firewall for going out holds for names too."""
     known = client.ssh_keys.create("names", key.with_suffix(".pub").read_text())
     made = client.servers.create("asks", ServerType(name="cx23"), Image(name="debian-13"), ssh_keys=[known])
-    address = str(made.server.public_net.ipv4.ip)
+    address = address_of(made.server)
 
     def getent(name: str) -> str:
         return ssh(key, address, f"timeout 3 getent ahosts {name} | head -n 1 || true").partition(" ")[0].strip()
@@ -174,7 +175,7 @@ def test_servers_resolve_by_it(cloud: LocalCloud, client: Client, zone: BoundZon
             FirewallRule(direction="out", protocol="tcp", port="443", source_ips=[], destination_ips=["0.0.0.0/0"]),
         ]
         firewall = client.firewalls.create("out", rules, resources=[FirewallResource("server", server=made.server)])
-        for action in firewall.actions:
+        for action in given(firewall.actions):
             action.wait_until_finished()
         assert getent("www.example.org") == ""
         rules.append(

@@ -15,8 +15,9 @@ from hcloud.networks import NetworkSubnet
 from hcloud.server_types import ServerType
 from hcloud.servers import BoundServer
 
+from scripts.bake.answers import given
 from scripts.local_cloud.machines.network import tag_of, transfer_addresses
-from tests.local_cloud.harness import LocalCloud, cut_off, running_cloud, ssh
+from tests.local_cloud.harness import LocalCloud, address_of, cut_off, running_cloud, ssh
 
 EVERYWHERE = ["0.0.0.0/0", "::/0"]
 # A program that answers each connection with the server's name.
@@ -46,10 +47,6 @@ def servers(cloud: LocalCloud, key: Path) -> Iterator[list[BoundServer]]:
         one.server.delete().wait_until_finished()
 
 
-def address_of(server: BoundServer) -> str:
-    return str(server.public_net.ipv4.ip)
-
-
 def ask(address: str, port: int) -> str | None:
     """Who answers; None if nobody does."""
     for _ in range(20):
@@ -69,13 +66,13 @@ def test_a_firewall_filters(cloud: LocalCloud, servers: list[BoundServer], key: 
     rule = FirewallRule(direction="in", protocol="tcp", port="8000", source_ips=EVERYWHERE, destination_ips=[])
     assert [ask(address_of(left), port) for port in (8000, 9000)] == ["left", "left"]
     made = client.firewalls.create("web", [rule], resources=[FirewallResource("server", server=left)])
-    for action in made.actions:
+    for action in given(made.actions):
         action.wait_until_finished()
     assert [ask(address_of(left), port) for port in (8000, 9000)] == ["left", None]
     assert ask(address_of(right), 9000) == "right"
     # A flow that goes out has its answers, though nothing else comes in.
-    shown = client.servers.get_by_id(left.id).public_net.firewalls
-    assert [(one.firewall.id, one.status) for one in shown] == [(made.firewall.id, "applied")]
+    shown = given(client.servers.get_by_id(given(left.id)).public_net).firewalls
+    assert [(one.firewall.id, one.status) for one in given(shown)] == [(made.firewall.id, "applied")]
     wider = FirewallRule(direction="in", protocol="tcp", port="8000-9000", source_ips=EVERYWHERE, destination_ips=[])
     for action in made.firewall.set_rules([wider]):
         action.wait_until_finished()
@@ -94,7 +91,7 @@ def test_a_firewall_for_going_out(cloud: LocalCloud, servers: list[BoundServer],
         FirewallRule(direction="out", protocol="tcp", port="8000", source_ips=[], destination_ips=EVERYWHERE),
     ]
     made = client.firewalls.create("out", rules, resources=[FirewallResource("server", server=left)])
-    for action in made.actions:
+    for action in given(made.actions):
         action.wait_until_finished()
     look = "timeout 2 bash -c 'cat < /dev/tcp/{address}/{port}' || echo nobody"
     seen = [ssh(key, address_of(left), look.format(address=address_of(right), port=port)) for port in (8000, 9000)]
@@ -108,21 +105,21 @@ def test_a_floating_address_moves(cloud: LocalCloud, servers: list[BoundServer],
     """It leads to the server that it is assigned to, which must carry it; reassigned, to the other, at once."""
     client: Client = cloud.client()
     made = client.floating_ips.create("ipv4", name="service", home_location=Location(name="fsn1"))
-    floating = made.floating_ip
+    floating, service = made.floating_ip, given(made.floating_ip.ip)
     for server in servers:
-        ssh(key, address_of(server), f"ip address add {floating.ip}/32 dev eth0")
+        ssh(key, address_of(server), f"ip address add {service}/32 dev eth0")
     for server in servers:
         floating.assign(server).wait_until_finished()
-        assert ask(floating.ip, 8000) == server.name
-        assert client.floating_ips.get_by_id(floating.id).server.id == server.id
+        assert ask(service, 8000) == server.name
+        assert given(client.floating_ips.get_by_id(given(floating.id)).server).id == server.id
     # Who does not have it may carry it, but nothing that is sent under it gets through.
     left, right = servers
     send = "timeout 2 bash -c 'exec 3<>/dev/tcp/{address}/8000; cat <&3' || echo nobody"
-    script = f"ip route add {address_of(right)}/32 via 172.31.1.1 dev eth0 onlink src {floating.ip}; "
+    script = f"ip route add {address_of(right)}/32 via 172.31.1.1 dev eth0 onlink src {service}; "
     script += send.format(address=address_of(right)) + f"; ip route del {address_of(right)}/32"
     assert ssh(key, address_of(left), script).strip() == "nobody"
     floating.unassign().wait_until_finished()
-    assert ask(floating.ip, 8000) is None
+    assert ask(service, 8000) is None
     floating.delete()
 
 
@@ -131,7 +128,7 @@ def test_private_networks(cloud: LocalCloud, servers: list[BoundServer], key: Pa
     client, (left, right) = cloud.client(), servers
     subnet = NetworkSubnet(type="cloud", network_zone="eu-central", ip_range="10.7.1.0/24")
     inner, other = (client.networks.create(name, "10.7.0.0/16", subnets=[subnet]) for name in ("inner", "other"))
-    known = client.ssh_keys.get_by_name("network")
+    known = given(client.ssh_keys.get_by_name("network"))
     third = client.servers.create(
         "third", ServerType(name="cx23"), Image(name="debian-13"), ssh_keys=[known], networks=[other]
     )
@@ -140,7 +137,7 @@ def test_private_networks(cloud: LocalCloud, servers: list[BoundServer], key: Pa
             action.wait_until_finished()
         left.attach_to_network(inner, ip="10.7.1.5", alias_ips=["10.7.1.6"]).wait_until_finished()
         right.attach_to_network(inner).wait_until_finished()
-        [shown] = client.servers.get_by_id(right.id).private_net
+        [shown] = given(client.servers.get_by_id(given(right.id)).private_net)
         assert (shown.ip, shown.network.id) == ("10.7.1.1", inner.id)
         look = "timeout 2 bash -c 'cat < /dev/tcp/10.7.1.5/8000' || echo nobody"
         seen = [ssh(key, address_of(one), look).strip() for one in (right, third.server)]
@@ -164,7 +161,7 @@ def test_private_networks(cloud: LocalCloud, servers: list[BoundServer], key: Pa
         assert ssh(key, address_of(right), look).strip() == "left"
         inner.delete()
         assert "gone" in ssh(key, address_of(left), "sleep 1; ip link show enp7s0 || echo gone")
-        assert client.servers.get_by_id(left.id).private_net == []
+        assert client.servers.get_by_id(given(left.id)).private_net == []
     finally:
         third.server.delete().wait_until_finished()
         other.delete()

@@ -75,7 +75,7 @@ def obtain_nix(work: Path) -> Nix:
             unpack = [
                 *("unshare", "--mount"),  # so that its mounts go with it when it is killed
                 *("mmdebstrap", "--quiet", "--mode=root", "--variant=extract", f"--include={_PACKAGE}"),
-                *(_SUITE, draft, *sources),
+                *(_SUITE, str(draft), *sources),
             ]
             try:
                 host.run(unpack, timeout_s=_UNPACK_TIMEOUT_S, keep_open=[lock.fileno()])

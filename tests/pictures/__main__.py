@@ -46,11 +46,11 @@ def take_cloud_page() -> None:
     """The local cloud's page with two servers, of which one was made from a snapshot of the other; needs root."""
     with tempfile.TemporaryDirectory() as folder, running_cloud(Path(folder)) as cloud:
         client = cloud.client()
-        first = client.servers.create("web-1", ServerType("cx23"), Image(name="debian-13"))
+        first = client.servers.create("web-1", ServerType(name="cx23"), Image(name="debian-13"))
         _finish(first.action, *first.next_actions)
         snapshot = first.server.create_image("web-1, as it was", type="snapshot")
         _finish(snapshot.action)
-        second = client.servers.create("web-2", ServerType("cx23"), snapshot.image)
+        second = client.servers.create("web-2", ServerType(name="cx23"), snapshot.image)
         _finish(second.action, *second.next_actions)
         with running_browser() as browser:
             _open(browser, cloud.endpoint.removesuffix("v1"), 700)
