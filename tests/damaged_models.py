@@ -115,7 +115,15 @@ def _with_items(key: str, change: Callable[[list[Any]], object]) -> Callable[[Gg
     return lambda model: change(model.get(key).items)
 
 
+def _without(key: str) -> Callable[[Gguf], object]:
+    return lambda model: model.drop(key)
+
+
 # Cut short
+
+
+def _cut(where: Callable[[bytes, dict[str, int]], int]) -> Callable[[bytes, dict[str, int]], bytes]:
+    return lambda data, marks: data[: where(data, marks)]
 
 
 for _name, _where in {
@@ -130,7 +138,7 @@ for _name, _where in {
     "cut_in_half": lambda data, marks: len(data) // 2,
     "cut_by_the_last_block": lambda data, marks: len(data) - 64,
 }.items():
-    _by_bytes(_name, lambda data, marks, where=_where: data[: where(data, marks)])
+    _by_bytes(_name, _cut(_where))
 
 # Another kind of file
 
@@ -216,7 +224,7 @@ for _key in (
     "general.architecture", CONTEXT, WIDTH, BLOCKS, "llama.feed_forward_length", HEADS, EPSILON,
     "tokenizer.ggml.model", TOKENS, MERGES, EOS,
 ):  # fmt: skip
-    _by_fields(f"missing_{_key.rsplit('.', 1)[1]}", lambda model, key=_key: model.drop(key))
+    _by_fields(f"missing_{_key.rsplit('.', 1)[1]}", _without(_key))
 
 # Hyper-parameters
 
@@ -301,6 +309,11 @@ _by_fields("chat_template_not_utf8", _put(TEMPLATE, STRING, b"{{ \xff }}"))
 # Tensors
 
 
+def _put_all_at_zero(model: Gguf) -> None:
+    for tensor in model.tensors:
+        tensor.offset = 0
+
+
 _by_fields("tensor_name_long", _with_matrix(name=b"blk.0." + b"q" * 70))
 _by_fields("tensor_name_empty", _with_matrix(name=b""))
 _by_fields("tensor_name_not_utf8", _with_matrix(name=b"blk.0.\xff"))
@@ -325,7 +338,7 @@ _by_fields(
     "tensor_points_at_the_end",
     lambda model: setattr(_first_matrix(model), "offset", len(model.to_bytes()) // 32 * 32),
 )
-_by_fields("tensors_all_at_zero", lambda model: [setattr(tensor, "offset", 0) for tensor in model.tensors])
+_by_fields("tensors_all_at_zero", _put_all_at_zero)
 _by_fields("tensor_missing", lambda model: model.tensors.remove(_first_matrix(model)))
 _by_fields("tensor_extra", lambda model: model.tensors.append(gguf.Tensor(b"blk.0.extra", [8], 0, bytes(32))))
 _by_fields("embedding_missing", lambda model: model.tensors.remove(model.tensor("token_embd.weight")))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from service.engine.interface import Completion, Description, GenerationRequest, Message, ModelSpec, Piece
+from service.engine.interface import Completion, Description, FinishReason, GenerationRequest, Message, ModelSpec, Piece
 from service.errors import EngineFailed, MemoryShort, RequestMalformed
 
 MARKS = 2  # tokens that the fake's template puts around each message
@@ -85,11 +85,11 @@ class FakeEngine:
                 return self._complete("cancelled", prompt_tokens, index, started_s, decode_s)
             on_piece(Piece(word if index == 0 else f" {word}", index + 1))
         made = min(len(answer), request.max_tokens)
-        finish = "length" if made == request.max_tokens else "stop"
+        finish: FinishReason = "length" if made == request.max_tokens else "stop"
         return self._complete(finish, prompt_tokens, made, started_s, decode_s)
 
     @staticmethod
-    def _complete(finish: str, prompt_tokens: int, made: int, started_s: float, decode_s: float) -> Completion:
+    def _complete(finish: FinishReason, prompt_tokens: int, made: int, started_s: float, decode_s: float) -> Completion:
         return Completion(finish, prompt_tokens, made, prompt_tokens, decode_s - started_s, time.monotonic() - decode_s)
 
     def close(self) -> None:

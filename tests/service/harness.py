@@ -49,7 +49,7 @@ class Service:
     state_dir: Path
     environment: dict[str, str]
 
-    def request(self, method: str, path: str, body: Any = None, timeout_s: float = 60.0, **headers: str) -> Answer:
+    def request(self, method: str, path: str, body: Any = None, timeout_s: float = 60.0, /, **headers: str) -> Answer:
         """One request on a connection of its own; a body that is not bytes is sent as JSON."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)
         try:
@@ -117,7 +117,7 @@ class Service:
     def wait_phase(self, *phases: str, timeout_s: float = _DEADLINE_S) -> dict[str, Any]:
         """Waits until ``/ready`` shows one of these phases; fails at the deadline."""
         end_s = time.monotonic() + timeout_s
-        seen: Any = None
+        seen: dict[str, Any] = {}
         while time.monotonic() < end_s:
             if self.process.poll() is not None:
                 raise AssertionError(f"gunicorn ended with {self.process.returncode}:\n{self.last_log()}")

@@ -36,4 +36,4 @@ def idle_service_is_available(
 
 def _kind(response: schemathesis.Response) -> str:
     document = json.loads(response.content)
-    return document["error"]["code"] if "error" in document else document["type"]
+    return str(document["error"]["code"] if "error" in document else document["type"])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from service.engine import gguf
-from service.engine.interface import Completion, Engine, GenerationRequest, Message, ModelSpec, Piece, Sampling
+from service.engine.interface import Completion, Engine, GenerationRequest, Message, ModelSpec, Piece, Role, Sampling
 from service.errors import EngineFailed, RequestMalformed
 from tests.service.harness import FAKE, write_small_model
 
@@ -149,7 +149,7 @@ def test_failing_callback_is_not_swallowed(engine: Engine) -> None:
 @pytest.mark.parametrize(
     "roles", [("user", "assistant", "user"), ("assistant", "user"), ("user", "assistant", "assistant", "user")]
 )
-def test_empty_turn_is_counted_and_taken(engine: Engine, roles: tuple[str, ...]) -> None:
+def test_empty_turn_is_counted_and_taken(engine: Engine, roles: tuple[Role, ...]) -> None:
     """An assistant's turn without a word takes its marks and nothing else; the count is what is evaluated."""
     messages = tuple(Message(role, "hi" if role == "user" else "") for role in roles)
     done = engine.generate(GenerationRequest(messages, 3, GREEDY), lambda piece: None, lambda n: None, lambda: False)

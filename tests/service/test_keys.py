@@ -206,8 +206,13 @@ def test_daily_counters_outlive_a_kill() -> None:
 
 def test_addresses_are_limited_behind_a_proxy() -> None:
     """A trusted proxy's word tells addresses apart; a client's own word is nothing."""
-    settings = {"trusted_proxies": "127.0.0.1", "address_requests_per_minute": 2, "address_parallel": 1}
-    with running_service(engine_adapter=FAKE, auth="keys", **settings) as service:
+    with running_service(
+        engine_adapter=FAKE,
+        auth="keys",
+        trusted_proxies="127.0.0.1",
+        address_requests_per_minute=2,
+        address_parallel=1,
+    ) as service:
         key = service.keys("add", "alice")
 
         def ask_from(forwarded: str) -> Answer:

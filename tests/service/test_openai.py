@@ -1,10 +1,11 @@
 """OpenAI's own Python client against the real service: it works unchanged, and what cannot be honoured is an error."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import openai
 import pytest
+from openai.types.chat import ChatCompletionMessageParam
 
 from tests.service.harness import FAKE, Service, running_service
 
@@ -25,11 +26,14 @@ def key(keyed: Service) -> str:
     return keyed.keys("add", "program")
 
 
-def connect(service: Service, key: str = "none", **options: object) -> openai.OpenAI:
-    # The environment's proxies are not this test's; answers must hold what the client's types promise.
-    usual = {"max_retries": 0, "http_client": openai.DefaultHttpxClient(trust_env=False, timeout=60)}
-    usual["_strict_response_validation"] = True
-    return openai.OpenAI(base_url=f"http://127.0.0.1:{service.port}/v1", api_key=key, **{**usual, **options})
+def connect(service: Service, key: str = "none", max_retries: int = 0, strict: bool = True) -> openai.OpenAI:
+    return openai.OpenAI(
+        base_url=f"http://127.0.0.1:{service.port}/v1",
+        api_key=key,
+        max_retries=max_retries,
+        http_client=openai.DefaultHttpxClient(trust_env=False, timeout=60),  # the environment's proxies are not ours
+        _strict_response_validation=strict,  # answers must hold what the client's types promise
+    )
 
 
 @pytest.fixture
@@ -54,16 +58,20 @@ def test_chat(client: openai.OpenAI) -> None:
 
 def test_chat_goes_on(client: openai.OpenAI) -> None:
     """An answer can be handed back as the client got it, with a system message before and a question behind."""
-    messages = [{"role": "system", "content": "You are kind."}, {"role": "user", "content": QUESTION}]
+    messages: list[ChatCompletionMessageParam] = [
+        {"role": "system", "content": "You are kind."},
+        {"role": "user", "content": QUESTION},
+    ]
     first = client.chat.completions.create(model=MODEL, messages=messages, temperature=0).choices[0].message
-    more = [*messages, first, {"role": "user", "content": "And how do I run the tests?"}]
-    second = client.chat.completions.create(model=MODEL, messages=more, temperature=0)
+    messages.append(cast(ChatCompletionMessageParam, first))  # the client takes it, though its types do not say so
+    messages.append({"role": "user", "content": "And how do I run the tests?"})
+    second = client.chat.completions.create(model=MODEL, messages=messages, temperature=0)
     assert "make test" in (second.choices[0].message.content or "")
 
 
 def test_chat_stream(client: openai.OpenAI) -> None:
     """Pieces, a finish reason, then usage on its own when it was asked for; the same text as without a stream."""
-    messages = [{"role": "user", "content": QUESTION}]
+    messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": QUESTION}]
     with client.chat.completions.create(
         model=MODEL, messages=messages, temperature=0, stream=True, stream_options={"include_usage": True}
     ) as stream:
@@ -92,8 +100,8 @@ def test_stream_helper(client: openai.OpenAI) -> None:
 
 def test_completion(client: openai.OpenAI, keyed: Service, key: str) -> None:
     """A plain completion goes on from a text, streamed or not, 16 tokens by default."""
-    asked = {"model": MODEL, "prompt": "mini-llm bakes", "temperature": 0}
-    done = client.completions.create(**asked)
+    prompt = "mini-llm bakes"
+    done = client.completions.create(model=MODEL, prompt=prompt, temperature=0)
     assert done.object == "text_completion"
     assert done.usage is not None
     assert done.usage.completion_tokens == 16
@@ -101,11 +109,11 @@ def test_completion(client: openai.OpenAI, keyed: Service, key: str) -> None:
     assert "image" in done.choices[0].text
     # Its types know no piece without a finish reason, though OpenAI's own pieces have none.
     with (
-        connect(keyed, key, _strict_response_validation=False) as lenient,
-        lenient.completions.create(**asked, stream=True) as stream,
+        connect(keyed, key, strict=False) as lenient,
+        lenient.completions.create(model=MODEL, prompt=prompt, temperature=0, stream=True) as stream,
     ):
         assert "".join(chunk.choices[0].text for chunk in stream) == done.choices[0].text
-    stopped = client.completions.create(**asked, max_tokens=60, stop=" image")
+    stopped = client.completions.create(model=MODEL, prompt=prompt, temperature=0, max_tokens=60, stop=" image")
     assert stopped.choices[0].finish_reason == "stop"
     assert "image" not in stopped.choices[0].text
 
@@ -138,7 +146,7 @@ def test_unknown_model(client: openai.OpenAI) -> None:
         ({"max_tokens": 2000}, None, "context_length_exceeded"),
     ],
 )
-def test_bad_requests(client: openai.OpenAI, fields: dict[str, object], param: str | None, code: str) -> None:
+def test_bad_requests(client: openai.OpenAI, fields: dict[str, Any], param: str | None, code: str) -> None:
     """What cannot be honoured is a BadRequestError with the parameter's name and a code."""
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "x"}], **fields)
@@ -164,7 +172,7 @@ def test_failures_on_the_way() -> None:
     with running_service(engine_adapter=FAKE) as service, connect(service) as client:
         model = next(iter(client.models.list())).id
 
-        def ask(prompt: str, **fields: object) -> Any:
+        def ask(prompt: str, **fields: Any) -> Any:
             return client.chat.completions.create(model=model, messages=[{"role": "user", "content": prompt}], **fields)
 
         with pytest.raises(openai.InternalServerError) as caught:

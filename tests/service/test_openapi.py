@@ -116,8 +116,9 @@ def keyed() -> Iterator[Keyed]:
 @pytest.fixture(scope="module")
 def obeying() -> Iterator[Keyed]:
     """gunicorn and the fake engine behind keys, with little patience and little room."""
-    settings = {"body_limit_bytes": 2000, "header_timeout_s": 1, "body_timeout_s": 1, "queue_size": 0}
-    with running_service(engine_adapter=FAKE, auth="keys", **settings) as service:
+    with running_service(
+        engine_adapter=FAKE, auth="keys", body_limit_bytes=2000, header_timeout_s=1, body_timeout_s=1, queue_size=0
+    ) as service:
         yield Keyed(service)
 
 

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -102,7 +103,8 @@ class Page:
 
     def console(self) -> list[str]:
         """What the browser complained of since it was last asked."""
-        return [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]
+        entries = self.driver.get_log("browser")
+        return [entry["message"] for entry in entries if entry["level"] == "SEVERE"]
 
     def violations(self) -> list[str]:
         """Directives of the policy that stopped something in this document."""
@@ -366,9 +368,13 @@ def test_policy_blocks(browser: Page, service: Service) -> None:
         "const f = document.createElement('form'); f.action = '/x'; document.body.append(f); f.submit()": "form-action",
         "document.body.append(Object.assign(document.createElement('iframe'), {src: '/'}))": "frame-src",
     }
+
+    def blocked(directive: str) -> bool:
+        return directive in browser.violations()
+
     for script, directive in scripts.items():
         browser.run(f"try {{ {script} }} catch {{}}")
-        browser.wait(lambda directive=directive: directive in browser.violations(), f"a block by {directive}")
+        browser.wait(partial(blocked, directive), f"a block by {directive}")
     assert {"script-src-attr", "style-src-attr"} <= set(browser.violations())
 
 
@@ -466,9 +472,13 @@ def test_copy(page: Page) -> None:
     """The copy buttons put the answer and the samples on the clipboard, and say so."""
     page.cdp("Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"])
     page.ask("say some text")
+
+    def says_so(name: str) -> bool:
+        return page.find(f"copy-{name}").text == "Copied"
+
     for name in ("answer", "curl"):
         page.find(f"copy-{name}").click()
-        page.wait(lambda name=name: page.find(f"copy-{name}").text == "Copied", "Copied")
+        page.wait(partial(says_so, name), "Copied")
         copied = page.driver.execute_async_script("navigator.clipboard.readText().then(arguments[0])")
         assert copied == page.text(name)
 

@@ -51,8 +51,8 @@ class Clone:
         own |= {"PYTHON": os.path.realpath(sys.executable), "NO_PROXY": "localhost,127.0.0.1"}
         return {**own, "LLM_STATE_DIR": str(self.state), "LLM_CACHE_DIR": str(self.state / "cache"), **more}
 
-    def run(self, command: str, code: int = 0, **more: str) -> "subprocess.CompletedProcess[str]":
-        """A command as it is typed."""
+    def run(self, command: str, code: int = 0, /, **more: str) -> "subprocess.CompletedProcess[str]":
+        """A command as it is typed, which ends with this code."""
         done = subprocess.run(
             ["sh", "-c", command],
             cwd=self.folder,
@@ -170,7 +170,7 @@ def test_the_first_request(clone: Clone, served: tuple[int, Terminal]) -> None:
     told = json.loads(clone.run(at(served[0], command("curl -sS http"))).stdout)
     assert told["response"].startswith("mini-llm ")
     assert told["finish_reason"] == "stop"
-    assert "onnect" in clone.run(at(free_port(), command("curl -sS http")), code=7).stderr
+    assert "onnect" in clone.run(at(free_port(), command("curl -sS http")), 7).stderr
 
 
 def test_openai_s_client(served: tuple[int, Terminal]) -> None:
@@ -184,7 +184,7 @@ def test_openai_s_client(served: tuple[int, Terminal]) -> None:
 
 def test_a_taken_port(clone: Clone, served: tuple[int, Terminal]) -> None:
     """A second ``make serve`` says what to type, and that works although the first port was set otherwise."""
-    done = clone.run(command("make serve"), code=2, LLM_PORT=str(served[0]))
+    done = clone.run(command("make serve"), 2, LLM_PORT=str(served[0]))
     told = done.stderr.partition("for example: ")[2].splitlines()[0]
     assert told == "make serve PORT=8081"
     port = free_port()
@@ -195,7 +195,7 @@ def test_a_taken_port(clone: Clone, served: tuple[int, Terminal]) -> None:
 
 def test_a_wrong_model(set_up: Clone) -> None:
     """A name that is none is told with those there are."""
-    said = set_up.run("make serve MODEL=llama", code=2, LLM_PORT=str(free_port())).stderr
+    said = set_up.run("make serve MODEL=llama", 2, LLM_PORT=str(free_port())).stderr
     assert "there is no model 'llama'; give the path of a GGUF file or one of: starter, " in said
     assert "llama-3.2-1b-instruct" in said
 
@@ -269,7 +269,7 @@ def test_keys_on_a_network(set_up: Clone, tmp_path: Path) -> None:
         return int(set_up.run(words, **own).stdout)
 
     # Whoever reads the log of a service without a terminal is told what can be typed just so.
-    refused = set_up.run(command("make serve HOST="), code=2, LLM_PORT=str(port), **own).stderr
+    refused = set_up.run(command("make serve HOST="), 2, LLM_PORT=str(port), **own).stderr
     told = refused.partition("make one with: ")[2].splitlines()[0]
     assert set_up.run(told.replace("NAME", "first"), **own).stdout.startswith("mllm_")
     set_up.run(told.replace("keys add NAME", "keys revoke first"), **own)
@@ -290,7 +290,7 @@ def test_keys_on_a_network(set_up: Clone, tmp_path: Path) -> None:
     assert set_up.run(verify, **own).stdout.endswith("whole\n")
     digest = set_up.run(verify.replace("verify", "head"), **own).stdout.split()[1]
     assert set_up.run(f"{verify} --after {digest}", **own).stdout.endswith("whole\n")
-    set_up.run(f"{verify} --after {'0' * 63}1", code=1, **own)
+    set_up.run(f"{verify} --after {'0' * 63}1", 1, **own)
 
 
 def test_running_it_by_hand(set_up: Clone) -> None:
