@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import falcon.inspect
 import falcon.testing
@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from service.access import Access
 from service.accounts import Log
 from service.app import create_app
+from service.audit import AuditLog
 from service.engine.process import EngineState
 from service.errors import AuditUnwritable, SettingsInvalid, StateUnwritable
 from service.generation import Generator
@@ -46,6 +47,10 @@ class FakeAudit:
         self.lines: list[dict[str, Any]] = []
         self.full = False
 
+    def as_log(self) -> AuditLog:
+        """It, in the place of the real one."""
+        return cast(AuditLog, self)
+
     def write(self, event: str, **facts: Any) -> None:
         if self.full:
             raise AuditUnwritable("the audit log cannot be written: no space left on device")
@@ -65,15 +70,16 @@ class Bench:
 
     def __init__(self, **settings: Any):
         self.engine = LocalEngine(FakeEngine(context_length=64))
+        process = self.engine.as_process()
         self.scheduler = Scheduler(queue_size=settings.pop("queue_size", 2))
         self.settings = Settings(**{"body_limit_bytes": 2000, "auth": "off", **settings})
-        self.metrics = Metrics(self.engine, self.scheduler, 3.6)
+        self.metrics = Metrics(process, self.scheduler, 3.6)
         self.limiter = Limiter(self.settings.address_limits, MemoryStorage(), self.scheduler.predicted_end_s)
-        self.generator = Generator(self.engine, self.scheduler, self.limiter, self.metrics, self.settings)
+        self.generator = Generator(process, self.scheduler, self.limiter, self.metrics, self.settings)
         self.audit = FakeAudit()
         self.lines = io.StringIO()
         access = Access(KeyFile(self.settings.keys_file) if self.settings.keys_required else None)
-        app = create_app(self.generator, access, self.audit, Log(self.lines))
+        app = create_app(self.generator, access, self.audit.as_log(), Log(self.lines))
 
         def from_loopback(environ: dict[str, Any], start_response: Any) -> Any:
             environ.setdefault("REMOTE_ADDR", "127.0.0.1")
@@ -96,7 +102,12 @@ class Bench:
             headers={"Content-Type": "application/json"},
             body=json.dumps({"prompt": prompt, "stream": True}),
         )
-        body = self.client.app(environ, lambda status, headers, exc_info=None: told.append(status))
+
+        def start_response(status: str, headers: object, exc_info: object = None) -> Callable[[bytes], object]:
+            told.append(status)
+            return lambda data: None  # what the application has no use for
+
+        body = self.client.app(environ, start_response)
         assert told == ["200 OK"]
         return body
 
@@ -112,7 +123,7 @@ def bench() -> Bench:
 def assert_problem(result: falcon.testing.Result, status: int, kind: str) -> dict[str, Any]:
     assert result.status_code == status
     assert result.headers["content-type"] == "application/problem+json"
-    document = result.json
+    document: dict[str, Any] = result.json
     assert document["type"] == f"urn:mini-llm:problem:{kind}"
     assert document["status"] == status
     assert document["id"] == result.headers["x-request-id"]
@@ -415,7 +426,7 @@ def test_open_paths_need_none(tmp_path: Path, path: str) -> None:
 
 def test_every_route_is_guarded_or_known_to_be_open() -> None:
     """A new route is guarded unless this test's list says that it is open."""
-    app: Any = create_app(Bench().generator, Access(None), FakeAudit(), Log(io.StringIO()))
+    app: Any = create_app(Bench().generator, Access(None), FakeAudit().as_log(), Log(io.StringIO()))
     routes = {route.path for route in falcon.inspect.inspect_routes(app._application)}
     unguarded = {
         route.path

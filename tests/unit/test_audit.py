@@ -576,6 +576,21 @@ def at(folder: Path, seq: int, change: Edit) -> tuple[Path, int]:
     return place
 
 
+def in_front(new: bytes) -> Edit:
+    """A line more, before all others."""
+    return lambda lines: [new, *lines]
+
+
+def in_place(new: bytes) -> Edit:
+    """Another line in the place of the first."""
+    return lambda lines: [new, *lines[1:]]
+
+
+def without(number: int) -> Edit:
+    """All lines but this one, counted from 0."""
+    return lambda lines: lines[:number] + lines[number + 1 :]
+
+
 @pytest.fixture
 def damaged(tmp_path: Path) -> Callable[[], Path]:
     """Copies of one sound log."""
@@ -690,8 +705,8 @@ def test_lines_swapped_far_apart_are_found(damaged: Callable[[], Path]) -> None:
         folder = damaged()
         places = places_of(folder)
         lines = [line for path in files_of(folder) for line in path.read_bytes().splitlines(keepends=True)]
-        at(folder, one, lambda rest, new=lines[other - 1]: [new, *rest[1:]])
-        at(folder, other, lambda rest, new=lines[one - 1]: [new, *rest[1:]])
+        at(folder, one, in_place(lines[other - 1]))
+        at(folder, other, in_place(lines[one - 1]))
         report = verify([folder])
         told = [(problem.place, problem.seq) for problem in report.problems]
         assert told == [(places[one - 1], other), (places[other - 1], one)], describe_report(report)
@@ -702,13 +717,13 @@ def test_moved_and_repeated_lines_are_found(damaged: Callable[[], Path]) -> None
     for seq, target, copied in [(2, 20, False), (20, 2, False), (20, 2, True), (2, 20, True), (LINES, 9, False)]:
         folder = damaged()
         line = [one for path in files_of(folder) for one in path.read_bytes().splitlines(keepends=True)][seq - 1]
-        place = at(folder, target, lambda rest, new=line: [new, *rest])
+        place = at(folder, target, in_front(line))
         if not copied:
             for path in files_of(folder):
                 kept = path.read_bytes().splitlines(keepends=True)
                 for number, one in enumerate(kept):
                     if one == line and (path, number + 1) != place:
-                        edit(path, lambda lines, gone=number: lines[:gone] + lines[gone + 1 :])
+                        edit(path, without(number))
         told = {(problem.place, problem.seq) for problem in verify([folder]).problems}
         assert told == {(place, seq)}, (seq, target, copied)
 
@@ -718,7 +733,7 @@ def test_inserted_line_is_found(damaged: Callable[[], Path]) -> None:
     for seq in seqs_to_damage(damaged()):
         for new in (b"{}\n", b"\n", b"hello\n", b"\xff\xfe\0\n"):
             folder = damaged()
-            place = at(folder, seq, lambda lines, new=new: [new, *lines])
+            place = at(folder, seq, in_front(new))
             assert only_problem(verify([folder])).place == place
 
 

@@ -359,10 +359,7 @@ def test_random_damage_is_read_or_refused_and_nothing_else(tokenizer: str) -> No
     whole = model.to_bytes()
     header_bytes = model.marks["data"]
     dice = random.Random(f"damage {tokenizer}")
-    changes: list[Callable[[bytearray, random.Random], None]] = [_flip_some] * 6 + [
-        _cut_somewhere,
-        _move_some,
-    ]
+    changes: list[Callable[[bytearray, random.Random], None]] = [*[_flip_some] * 6, _cut_somewhere, _move_some]
     lines: list[str] = []
     slowest_s = 0.0
     for _ in range(2_000):

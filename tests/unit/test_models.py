@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import stat
@@ -335,7 +336,7 @@ def test_file_that_changes_while_it_is_hashed_is_refused(
     """A writer at work during the check is found out."""
     real = hashlib.file_digest
 
-    def digest_slowly(file: object, kind: str) -> object:
+    def digest_slowly(file: io.BufferedReader, kind: str) -> object:
         digest = real(file, kind)
         _append_byte(model)
         return digest

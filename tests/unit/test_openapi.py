@@ -113,10 +113,10 @@ def test_the_document_is_valid(settings: Settings, model: Any) -> None:
 
 def test_every_route_and_method_is_told_and_no_other() -> None:
     """Paths and methods are those of the application; OPTIONS, which the framework answers itself, is told in words."""
-    engine, scheduler = LocalEngine(FakeEngine()), Scheduler(1)
+    engine, scheduler = LocalEngine(FakeEngine()).as_process(), Scheduler(1)
     metrics, limiter = Metrics(engine, scheduler, 0.0), Limiter(SETTINGS.address_limits, MemoryStorage())
     generator = Generator(engine, scheduler, limiter, metrics, SETTINGS)
-    app: Any = create_app(generator, Access(None), FakeAudit(), Log(io.StringIO()))
+    app: Any = create_app(generator, Access(None), FakeAudit().as_log(), Log(io.StringIO()))
     routes = {
         (re.sub(r":\w+}", "}", route.path), method.method.lower())
         for route in falcon.inspect.inspect_routes(app._application)

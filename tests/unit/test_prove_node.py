@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import requests
@@ -48,6 +48,10 @@ class Session:
         self.rollout: dict[str, Any] = {"state": "none"}
         self.ended = False
 
+    def as_session(self) -> requests.Session:
+        """It, in the place of the real one."""
+        return cast(requests.Session, self)
+
     def get(self, url: str, **more: Any) -> requests.Response:
         if url.partition("?")[0] == "https://192.0.2.1/rollout":
             return answer(200, self.rollout)()
@@ -73,7 +77,7 @@ READY, SAYS = answer(200, {"status": "ready"}), answer(200, {"response": "Red"})
 
 def test_a_generation_is_the_proof() -> None:
     """What the model says is handed on."""
-    assert ask_once(Session(READY, SAYS), ORDER) == "Red"
+    assert ask_once(Session(READY, SAYS).as_session(), ORDER) == "Red"
 
 
 @pytest.mark.parametrize(
@@ -106,7 +110,7 @@ def test_what_is_no_proof(
     """What may pass is waited for, what needs somebody to act is told at once."""
     monkeypatch.setattr(prove_node, "open_session", lambda order: Session(READY, SAYS))
     with pytest.raises(kind, match=reason.replace("?", r"\?")):
-        ask_once(Session(ready, generate), ORDER)
+        ask_once(Session(ready, generate).as_session(), ORDER)
 
 
 def test_a_node_without_a_certificate_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +118,7 @@ def test_a_node_without_a_certificate_says_why(monkeypatch: pytest.MonkeyPatch) 
     told = answer(503, {"status": "failed", "reason": "certificate: it is not for llm.example.org"})
     monkeypatch.setattr(prove_node, "open_session", lambda order: Session(told, SAYS) if not order.verify else None)
     with pytest.raises(Never, match=r"it is not for llm\.example\.org"):
-        ask_once(Session(fail(requests.exceptions.SSLError("self-signed")), SAYS), ORDER)
+        ask_once(Session(fail(requests.exceptions.SSLError("self-signed")), SAYS).as_session(), ORDER)
 
 
 @pytest.mark.parametrize(
@@ -138,11 +142,11 @@ def test_a_takeover_is_waited_for(stage: str, told: dict[str, Any], expected: st
     session, order = Session(READY, SAYS), Order("192.0.2.1", "llm.example.org", "mllm_x", 1.0, True, stage)
     session.rollout = told
     if expected is None:
-        answered = prove_once(session, order)
+        answered = prove_once(session.as_session(), order)
         assert answered == ("proved before" if "key_is_void" in told else "Red")
     else:
         with pytest.raises((NotYet, Never), match=expected):
-            prove_once(session, order)
+            prove_once(session.as_session(), order)
     assert session.ended == (stage == "served" and told == {"state": "finished"})
 
 
@@ -153,7 +157,7 @@ def test_a_certificate_that_was_taken_over_is_proved(monkeypatch: pytest.MonkeyP
     other = Session(fail(requests.exceptions.SSLError("expired")), SAYS)
     monkeypatch.setattr(prove_node, "open_session", lambda order: other if order.verify else session)
     with pytest.raises(NotYet, match="certificate is not valid"):
-        prove_once(session, order)
+        prove_once(session.as_session(), order)
 
 
 def test_it_waits_for_what_may_pass(monkeypatch: pytest.MonkeyPatch) -> None:

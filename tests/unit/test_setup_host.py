@@ -15,14 +15,23 @@ from scripts import setup_host
 def quiet(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     """Nobody has said yes, nobody is at a terminal; the commands that would have run."""
     ran: list[tuple[str, ...]] = []
+
+    def run(*words: str, **more: object) -> bool:
+        ran.append(words)
+        return True
+
+    def unpack(package: str) -> bool:
+        ran.append(("unpack", package))
+        return True
+
     monkeypatch.delenv("YES", raising=False)
     monkeypatch.delenv("CI", raising=False)
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     monkeypatch.setattr(setup_host.os, "geteuid", lambda: 0)
     monkeypatch.setattr(setup_host.shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(setup_host, "go_is_too_old", lambda: False)
-    monkeypatch.setattr(setup_host, "run", lambda *words, **_: ran.append(words) is None)
-    monkeypatch.setattr(setup_host, "unpack", lambda package: ran.append(("unpack", package)) is None)
+    monkeypatch.setattr(setup_host, "run", run)
+    monkeypatch.setattr(setup_host, "unpack", unpack)
     monkeypatch.setattr(setup_host, "find_missing", lambda needs: ["docker-registry", "git"])
     return ran
 
@@ -125,10 +134,15 @@ def test_promtool_is_fetched_where_this_release_has_it(
 ) -> None:
     """Debian 13 has it in a package of its own; before, Prometheus' brought it."""
     ran: list[str] = []
+
+    def run(*words: str, **more: object) -> bool:
+        ran.append(words[-1])
+        return False
+
     done = subprocess.CompletedProcess([], 0 if shown else 100, shown, b"")
     monkeypatch.setattr(setup_host.subprocess, "run", lambda *words, **_: done)
     monkeypatch.setattr(setup_host, "UNPACKED", tmp_path)
-    monkeypatch.setattr(setup_host, "run", lambda *words, **_: ran.append(words[-1]) or False)
+    monkeypatch.setattr(setup_host, "run", run)
     assert not setup_host.unpack("promtool")
     assert ran == [fetched]
 

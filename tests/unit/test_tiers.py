@@ -1,14 +1,16 @@
 """What a run tells at its end: each tier's counts and time, and each test that did not run with its reason."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 from tests.conftest import summarize
 
 
-def report(path: str, when: str, outcome: Any, reason: Any = None) -> pytest.TestReport:
+def report(
+    path: str, when: Literal["setup", "call", "teardown"], outcome: Any, reason: Any = None
+) -> pytest.TestReport:
     return pytest.TestReport(path, (path, 1, "test"), {}, outcome, reason, when, duration=1.5)
 
 

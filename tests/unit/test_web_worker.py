@@ -1,11 +1,13 @@
 """What the web worker adds to gunicorn's, where no socket is needed to see it."""
 
 import signal
+import threading
 from io import BytesIO
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
+from gunicorn.workers.gthread import PollableMethodQueue
 
 from service import web_worker
 from service.web_worker import WebWorker
@@ -15,7 +17,7 @@ def test_a_second_stop_signal_does_not_come_back_for_locks_that_are_held() -> No
     """It arrives in the same thread, in the middle of the work on the first."""
     worker = WebWorker.__new__(WebWorker)
     worker.alive, worker._exiting = True, False
-    worker.method_queue = SimpleNamespace(defer=lambda call: None)  # what wakes the main loop
+    worker.method_queue = cast(PollableMethodQueue, SimpleNamespace(defer=lambda call: None))  # it wakes the main loop
     stopped: list[bool] = []
 
     def stop() -> None:
@@ -44,7 +46,8 @@ def test_an_answer_through_a_proxy_does_not_overtake_the_body(
     monkeypatch.setattr(web_worker.time, "sleep", slept.append)
     worker = WebWorker.__new__(WebWorker)
     worker._deadlines = web_worker._Deadlines()
-    worker._current = SimpleNamespace(request=SimpleNamespace(must_close=False))
+    worker._current = threading.local()
+    worker._current.request = SimpleNamespace(must_close=False)
     environ: dict[str, Any] = {"gunicorn.socket": object(), "wsgi.input": BytesIO(body), **more}
     environ["CONTENT_LENGTH"] = str(len(body))
     begun: list[str] = []

@@ -25,7 +25,7 @@ class InProcess(BaseAdapter):
         self.faults: list[Callable[[requests.PreparedRequest], requests.Response | None] | None] = []
         self.calls: list[str] = []
 
-    def send(self, request: requests.PreparedRequest, **options: Any) -> requests.Response:
+    def send(self, request: requests.PreparedRequest, *words: Any, **options: Any) -> requests.Response:
         path, _, query = request.path_url.partition("?")
         self.calls.append(f"{request.method} {path}")
         fault = self.faults.pop(0) if self.faults else None

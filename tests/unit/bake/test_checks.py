@@ -1,12 +1,13 @@
 """Checks that must not pass because there is nothing to see."""
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from scripts.bake import checks
 from scripts.bake.checks import Wrong, _check_alerts, prove
 from scripts.bake.inputs import Model
+from scripts.bake.probe import Probe
 
 
 class _Node:
@@ -16,6 +17,10 @@ class _Node:
 
     def __init__(self, rules: int = 0, told: Any = None):
         self._rules, self._told = rules, told
+
+    def as_probe(self) -> Probe:
+        """It, in the place of a real one."""
+        return cast(Probe, self)
 
     def wait_ready(self, patience_s: float) -> str:
         return "connection refused"
@@ -31,15 +36,15 @@ class _Node:
 def test_no_alert_says_something_only_where_there_are_rules(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rule file that is not found is no error of Prometheus, and nothing would ever fire."""
     monkeypatch.setattr(checks, "_SCRAPE_PATIENCE_S", 0.0)
-    _check_alerts(_Node(rules=1))
+    _check_alerts(_Node(rules=1).as_probe())
     with pytest.raises(Wrong, match="no rule"):
-        _check_alerts(_Node())
+        _check_alerts(_Node().as_probe())
 
 
 @pytest.mark.parametrize("told", [[], ["audit"], {"audit": []}, {"audit": {}}, "fine", {"audit": ["x"]}])
 def test_a_node_that_tells_nonsense_fails_and_breaks_nothing(told: Any) -> None:
     """The other checks still say what they see."""
     model = Model("starter", "", 1, 2)
-    proof = prove(_Node(told=told), model, checks.Path(), "1", 0.0, lambda name: None)
+    proof = prove(_Node(told=told).as_probe(), model, checks.Path(), "1", 0.0, lambda name: None)
     assert {each.split(":")[0] for each in proof.problems} >= {"ready", "audit"}
     assert (proof.node is None) is not isinstance(told, dict)  # the report is made from it

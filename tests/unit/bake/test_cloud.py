@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import requests
 
+from scripts.bake.answers import given
 from scripts.bake.cloud import Access, Cloud, find_access
 from scripts.bake.errors import CloudFailed, ImageGone, Refused, Unavailable
 from scripts.bake.snapshots import Snapshot
@@ -141,13 +142,13 @@ def image(make_snapshot: Callable[..., Snapshot]) -> int:
 def create(cloud: Cloud, image: int, *places: tuple[str, str]) -> str:
     key = cloud.add_key("key", PUBLIC_KEY, LABELS)
     made = cloud.create_server("probe", image, places or [("cx23", "fsn1")], key, "#cloud-config\n", LABELS, END_S)
-    return f"{made.server_type.name} at {made.location.name}, {made.status}"
+    return f"{given(made.server_type).name} at {given(made.location).name}, {made.status}"
 
 
 def test_a_server_is_created_and_runs(cloud: Cloud, image: int) -> None:
     """With its labels."""
     assert create(cloud, image) == "cx23 at fsn1, running"
-    assert cloud.client.servers.get_by_name("probe").labels == LABELS
+    assert given(cloud.client.servers.get_by_name("probe")).labels == LABELS
 
 
 def test_a_server_whose_answer_was_lost_is_waited_for(cloud: Cloud, image: int, way: InProcess) -> None:
@@ -161,7 +162,7 @@ def test_where_there_is_no_room_the_next_place_is_tried(cloud: Cloud, image: int
     """In the order given; none at all is told with all that was tried."""
     way.faults = [None, refuse(412, "resource_unavailable")]
     assert create(cloud, image, ("cx23", "fsn1"), ("cx23", "nbg1")) == "cx23 at nbg1, running"
-    key = cloud.client.ssh_keys.get_by_name("key")
+    key = given(cloud.client.ssh_keys.get_by_name("key"))
     way.faults = [refuse(412, "resource_unavailable")] * 2
     with pytest.raises(Unavailable, match="cx23 at fsn1, cx33 at hel1"):
         cloud.create_server("other", image, [("cx23", "fsn1"), ("cx33", "hel1")], key, "", LABELS, END_S)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from scripts.bake import command
+from scripts.bake.answers import given
 from scripts.bake.cloud import Access, Cloud
 from scripts.bake.command import main
 from scripts.bake.console import Console
@@ -146,9 +147,8 @@ def test_what_was_promoted_after_prune_has_shown_it_stays(cloud: Cloud, make_sna
     plan = plan_pruning(cloud, 1, ())
     assert [each.id for each in plan.going] == [promoted.id, launched.id, gone.id]
     cloud.relabel(promoted, stable="1")
-    cloud.client.servers.create(
-        "node", cloud.client.server_types.get_by_name("cx23"), cloud.client.images.get_by_id(launched.id)
-    )
+    server_type = given(cloud.client.server_types.get_by_name("cx23"))
+    cloud.client.servers.create("node", server_type, cloud.client.images.get_by_id(launched.id))
     assert [each.id for each in prune(cloud, plan, 1, ())] == [gone.id]
     assert holders(cloud.snapshots(), "stable")[0].id == promoted.id
 
@@ -181,7 +181,7 @@ def test_cost_of_a_server_whose_type_is_not_sold_any_more(
     servers = cloud.servers()
     if prices is not None:
         for each in servers:
-            each.server_type.prices = prices
+            given(each.server_type).prices = prices
     monkeypatch.setattr(cloud, "servers", lambda: servers)
     monkeypatch.setattr(cloud, "server_types", list)
     shown = bake("cost")[1]

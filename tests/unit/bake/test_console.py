@@ -21,13 +21,14 @@ def test_the_time_goes_on_while_nothing_is_said(state: Path, monkeypatch: pytest
     now_s = 100.0
     monkeypatch.setattr(console_module.time, "monotonic", lambda: now_s)
     monkeypatch.setattr(console_module.os, "get_terminal_size", lambda number: os.terminal_size((30, 24)))
-    monkeypatch.setattr(sys, "stderr", _Terminal())
+    terminal = _Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
     console = Console(state, "test")
     with console.phase("layer"):
         console.show("Creating snapshot, which takes its time")
         for _ in range(20):
             now_s += 0.1
             console.show("")
-        drawn = sys.stderr.getvalue().split("\r\x1b[K")
+        drawn = terminal.getvalue().split("\r\x1b[K")
     assert len(drawn) < 10
     assert drawn[-1] == "layer 2 s  Creating snapshot,"

@@ -5,7 +5,7 @@ import hashlib
 import json
 import ssl
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import bcrypt
 import jsonschema
@@ -16,7 +16,7 @@ import yaml
 from scripts.bake import checks
 from scripts.bake.checks import prove
 from scripts.bake.inputs import Model
-from scripts.bake.probe import DOMAIN, MONITORING, ProbeFacts, make_facts, make_public_key
+from scripts.bake.probe import DOMAIN, MONITORING, Probe, ProbeFacts, make_facts, make_public_key
 
 ROOT = Path(__file__).resolve().parents[3]
 STARTER = Model("starter", "", 3_000_000, 2)
@@ -73,6 +73,10 @@ class FakeProbe:
         self.alerts: list[Any] = []
         self.node: Any = {"audit": {"findings": []}, "failed_units": []}
 
+    def as_probe(self) -> Probe:
+        """It, in the place of a real one."""
+        return cast(Probe, self)
+
     def wait_ready(self, patience_s: float) -> str | None:
         return self.ready
 
@@ -123,12 +127,12 @@ def open_ports(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def problems(probe: FakeProbe) -> list[str]:
-    return prove(probe, STARTER, ROOT, "v1", 1.0, lambda text: None).problems
+    return prove(probe.as_probe(), STARTER, ROOT, "v1", 1.0, lambda text: None).problems
 
 
 def test_a_good_node_passes(open_ports: list[int]) -> None:
     """Every check ran, and what the node told is handed on."""
-    proof = prove(FakeProbe(), STARTER, ROOT, "v1", 1.0, lambda text: None)
+    proof = prove(FakeProbe().as_probe(), STARTER, ROOT, "v1", 1.0, lambda text: None)
     assert proof.problems == []
     assert len(proof.checks) == 13
     assert proof.version["boot"] == {"model_s": 2.0}
@@ -200,7 +204,7 @@ def test_a_node_that_is_never_ready_is_asked_for_its_report_all_the_same(open_po
     """What it says of itself is what a person needs then."""
     probe = FakeProbe()
     probe.ready = "/ready says 503: the facts are wrong"
-    proof = prove(probe, STARTER, ROOT, "v1", 1.0, lambda text: None)
+    proof = prove(probe.as_probe(), STARTER, ROOT, "v1", 1.0, lambda text: None)
     assert [each.name for each in proof.checks] == ["ready", "node", "audit", "units"]
     assert "the facts are wrong" in proof.problems[0]
     assert proof.node == probe.node

@@ -3,6 +3,7 @@
 import io
 import json
 import threading
+from email.message import Message
 from itertools import repeat
 from typing import Any
 
@@ -220,10 +221,12 @@ def test_nothing_is_read_of_who_may_not_ask_or_says_too_much(
     """Every user of the machine can reach it; for each the connection ends there."""
     handled = relay._handler()
     handler = handled.__new__(handled)
-    handler.headers = {"Authorization": f"Bearer {key or relay.token}", "Content-Length": length}
+    handler.headers = Message()
+    handler.headers["Authorization"], handler.headers["Content-Length"] = f"Bearer {key or relay.token}", length
     handler.command, handler.path, handler.requestline = "POST", "/v1/ssh_keys", ""
     handler.request_version, handler.close_connection = "HTTP/1.1", False
-    handler.rfile, handler.wfile = None, io.BytesIO()
+    handler.rfile = None  # so that reading it would fail
+    handler.wfile = io.BytesIO()
     handler.do_POST()  # type: ignore[attr-defined]  # of a class made in a function
     assert handler.wfile.getvalue().startswith(b"HTTP/1.1 401")
     assert handler.close_connection

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,7 @@ from scripts.bake.snapshots import Snapshot, format_time, holders, is_channel_na
 NOW = datetime(2026, 11, 26, 12, tzinfo=UTC)
 
 
-def make(number: int, layer: str = "service", **more: object) -> Snapshot:
+def make(number: int, layer: str = "service", **more: Any) -> Snapshot:
     plain = Snapshot(
         id=number,
         layer=layer,

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from scripts import cost
+from scripts.bake.answers import given
 from scripts.bake.cloud import Cloud
 from scripts.bake.errors import Refused
 from scripts.bake.prices import Price
@@ -70,10 +71,8 @@ def test_hosted_models_are_priced_in_euros(tmp_path: Path) -> None:
     known = {"date": "2026-01-01", "source": "https://example.org"}
     path.write_text(json.dumps({"exchange": {"usd_per_eur": 1.2}, "models": [{**each, **known} for each in models]}))
     told, exchange = read_hosted(0.5, path)
-    assert [(each.provider, each.eur_per_1000_tokens) for each in told] == [
-        ("b", pytest.approx(0.00025)),
-        ("a", pytest.approx(0.0025)),
-    ]
+    assert [each.provider for each in told] == ["b", "a"]
+    assert [each.eur_per_1000_tokens for each in told] == pytest.approx([0.00025, 0.0025])
     assert exchange["usd_per_eur"] == 1.2
 
 
@@ -98,9 +97,10 @@ def test_the_node_is_asked_for_its_tokens(cloud: Cloud, two_nodes: Snapshot, mon
     assert node is not None
     assert node.name == "mini-llm-a"
     monkeypatch.setattr(cost, "query", lambda address, way, expression: FOUND[expression])
-    now = node.created + timedelta(hours=6)
+    created = given(node.created)
+    now = created + timedelta(hours=6)
     assert measure(node, WAY, now) == Use(8.0, 4000.0, 1000.0, 6.0, None)
-    assert measure(node, WAY, node.created + timedelta(days=9)).hours == 24.0
+    assert measure(node, WAY, created + timedelta(days=9)).hours == 24.0
 
     def silent(*words: object) -> float:
         raise NotTold("the monitoring does not answer (ConnectTimeout)")

@@ -31,7 +31,7 @@ class Scripted(BaseAdapter):
         self._answer = answer
         self.seen: list[tuple[requests.PreparedRequest, Any]] = []
 
-    def send(self, request: requests.PreparedRequest, **options: Any) -> requests.Response:
+    def send(self, request: requests.PreparedRequest, *words: Any, **options: Any) -> requests.Response:
         self.seen.append((request, options["verify"]))
         if isinstance(self._answer, Exception):
             raise self._answer

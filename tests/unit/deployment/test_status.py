@@ -12,6 +12,7 @@ from scripts.bake.snapshots import Snapshot
 from scripts.deployment import find_domain
 from scripts.node import Certificate, NotTold, Way
 from scripts.status import Report, Told, ask, lines, look, main, read_report
+from tests.local_cloud.harness import address_of
 from tests.unit.local_cloud.conftest import Cloud as LocalCloud
 
 WAY = Way("llm.example.org", user="operator", password="p")
@@ -35,11 +36,11 @@ def test_a_deployment_in_one_view(cloud: Cloud, two_nodes: Snapshot, tmp_path: P
 
     def asking(address: str, way: Way) -> Told:
         asked.append(address)
-        return told[address != seen[0].public_net.ipv4.ip]
+        return told[address != address_of(seen[0])]
 
     seen = sorted(cloud.servers(), key=lambda each: str(each.name))[:2]
     found = look(options(tmp_path, "--domain", "llm.example.org"), cloud, asking)
-    assert sorted(asked) == sorted(each.public_net.ipv4.ip for each in seen)
+    assert sorted(asked) == sorted(address_of(each) for each in seen)
     first, second = found.nodes
     assert (first.name, first.image, first.version, first.server_type) == ("mini-llm-a", two_nodes.id, "1.2", "cx23")
     assert (first.location, first.state, first.eur_per_hour) == ("fsn1", "running", 0.0088)

@@ -302,7 +302,8 @@ def test_facts_of_the_server_that_a_snapshot_was_made_of_are_refused(tmp_path: P
     def boot(instance: str) -> int:
         (tmp_path / "instance-id").write_text(instance)
         paths = [tmp_path / name for name in ("facts.yaml", "run")]
-        return facts.main(*paths, SCHEMA, tmp_path / "instance-id", tmp_path / "facts_of.json", PROMETHEUS)
+        code: int = facts.main(*paths, SCHEMA, tmp_path / "instance-id", tmp_path / "facts_of.json", PROMETHEUS)
+        return code
 
     assert boot("1") == 0
     assert boot("2") == 1

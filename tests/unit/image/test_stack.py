@@ -105,7 +105,8 @@ def test_each_container_can_do_as_little_as_it_needs() -> None:
         assert 801 <= int(container["user"].split(":")[0]) <= 805
         assert container["mem_limit"]
         for volume in container["volumes"]:
-            source, _, mode = volume.split(":")[0], *volume.split(":")[1:], *([""] if volume.count(":") == 1 else [])
+            parts: list[str] = volume.split(":")
+            source, _, mode = parts if len(parts) > 2 else [*parts, ""]
             assert source.startswith(("/run/mini-llm-", "/var/lib/mini-llm-", "/usr/share/mini-llm/stack/"))
             assert mode == "ro" or source == f"/var/lib/mini-llm-{name}"
 

@@ -308,12 +308,14 @@ def test_what_the_old_node_leaves_is_insisted_on(tmp_path: Path, monkeypatch: py
     def take_history(*words: Any) -> int:
         raise takeover.Gone("it is gone")
 
+    def tell(path: str, *more: Any) -> dict[str, Any]:
+        came.append(path)
+        return {**IDLE, "counters": {}, "revoked": []}
+
     monkeypatch.setattr(takeover, "take_audit", take_audit)
     monkeypatch.setattr(takeover, "take_history", take_history)
     monkeypatch.setattr(network, "ask", lambda path, **more: came.append(path))
-    monkeypatch.setattr(
-        network, "tell", lambda path, *more: came.append(path) or {**IDLE, "counters": {}, "revoked": []}
-    )
+    monkeypatch.setattr(network, "tell", tell)
     own.finish(network)
     assert came[:2] == ["/finish", "/sync"]
     assert came.count("audit") == 1

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,25 +59,25 @@ class Cloud:
     client: falcon.testing.TestClient
     stopped: bool = False
 
-    def call(self, method: str, path: str, body: Document | None = None, **query: Any) -> falcon.testing.Result:
+    def call(self, method: str, path: str, body: Document | None = None, /, **query: Any) -> falcon.testing.Result:
         """One request with the token."""
         headers = {"Authorization": f"Bearer {TOKEN}"}
         given = {} if body is None else {"json": body}
         return self.client.simulate_request(method, path, headers=headers, params=query, params_csv=False, **given)
 
-    def get(self, path: str, **query: Any) -> Document:
+    def get(self, path: str, /, **query: Any) -> Document:
         """The answer to a GET that works."""
         result = self.call("GET", f"/v1{path}", **query)
         assert result.status_code == 200, result.json
-        return result.json
+        return dict(result.json)
 
     def post(self, path: str, body: Document | None = None) -> Document:
         """The answer to a POST that works."""
         result = self.call("POST", f"/v1{path}", body)
         assert result.status_code == 201, result.json
-        return result.json
+        return dict(result.json)
 
-    def refuse(self, method: str, path: str, body: Document | None = None, **query: Any) -> tuple[int, str]:
+    def refuse(self, method: str, path: str, body: Document | None = None, /, **query: Any) -> tuple[int, str]:
         """Status and code of the error that a request meets."""
         result = self.call(method, f"/v1{path}", body, **query)
         assert set(result.json) == {"error"}, result.json
@@ -90,7 +91,7 @@ class Cloud:
             action = self.get(f"/actions/{action_id}")["action"]
             return action if action["status"] != "running" else None
 
-        return [wait_until(lambda action=action: ended(action["id"])) for action in actions]
+        return [wait_until(partial(ended, action["id"])) for action in actions]
 
     def succeed(self, path: str, body: Document | None = None) -> Document:
         """Does an action and returns it, ended well."""
@@ -103,17 +104,17 @@ class Cloud:
         answer = self.post("/servers", {"name": name, "server_type": "cx23", "image": "debian-13", **values})
         for action in self.wait(answer["action"], *answer["next_actions"]):
             assert action["status"] == "success", action
-        return answer["server"]["id"]
+        return int(answer["server"]["id"])
 
     def make_image(self, server_id: int, **values: Any) -> int:
         """The id of a snapshot that is there."""
         answer = self.post(f"/servers/{server_id}/actions/create_image", values)
         assert self.wait(answer["action"])[0]["status"] == "success"
-        return answer["image"]["id"]
+        return int(answer["image"]["id"])
 
     def status(self, server_id: int) -> str:
         """The status of a server."""
-        return self.get(f"/servers/{server_id}")["server"]["status"]
+        return str(self.get(f"/servers/{server_id}")["server"]["status"])
 
     def stop(self) -> None:
         """Stops it as a person would; once is enough."""

@@ -2,6 +2,7 @@
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -152,8 +153,12 @@ def test_stuck_and_long_actions_do_not_hinder_a_stop(cloud: Cloud) -> None:
     assert time.monotonic() - began < 3
     again = cloud.start_again()
     assert [again.get(f"/actions/{action['id']}")["action"]["status"] for action in actions] == ["error", "error"]
+
+    def runs(server_id: int) -> bool:
+        return again.status(server_id) == "running"
+
     for server_id in ids:
-        wait_until(lambda server_id=server_id: again.status(server_id) == "running")
+        wait_until(partial(runs, server_id))
     again.stop()
 
 

@@ -18,7 +18,7 @@ PING_RULE = FirewallRule("in", "icmp", ("10.0.0.0/8",), None)
 def _make(cloud: Cloud, name: str = "wall", **values: Any) -> int:
     answer = cloud.post("/firewalls", {"name": name, **values})
     assert all(each["status"] == "success" for each in cloud.wait(*answer["actions"]))
-    return answer["firewall"]["id"]
+    return int(answer["firewall"]["id"])
 
 
 def _server(server_id: int) -> dict[str, Any]:
@@ -44,11 +44,11 @@ def _remove(cloud: Cloud, firewall_id: int, *targets: dict[str, Any]) -> list[di
 
 
 def _show(cloud: Cloud, firewall_id: int) -> dict[str, Any]:
-    return cloud.get(f"/firewalls/{firewall_id}")["firewall"]
+    return dict(cloud.get(f"/firewalls/{firewall_id}")["firewall"])
 
 
 def _of_server(cloud: Cloud, server_id: int) -> list[dict[str, Any]]:
-    return cloud.get(f"/servers/{server_id}")["server"]["public_net"]["firewalls"]
+    return list(cloud.get(f"/servers/{server_id}")["server"]["public_net"]["firewalls"])
 
 
 def test_one_is_made_changed_listed_and_deleted(cloud: Cloud) -> None:

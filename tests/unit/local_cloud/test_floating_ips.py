@@ -12,11 +12,11 @@ Document = dict[str, object]
 
 
 def _make(cloud: Cloud, **values: object) -> int:
-    return cloud.post("/floating_ips", {"type": "ipv4", "home_location": "hel1", **values})["floating_ip"]["id"]
+    return int(cloud.post("/floating_ips", {"type": "ipv4", "home_location": "hel1", **values})["floating_ip"]["id"])
 
 
 def _show(cloud: Cloud, ip_id: int) -> Document:
-    return cloud.get(f"/floating_ips/{ip_id}")["floating_ip"]
+    return dict(cloud.get(f"/floating_ips/{ip_id}")["floating_ip"])
 
 
 def test_one_is_made_by_itself(cloud: Cloud) -> None:

@@ -1,5 +1,7 @@
 """The name server's answers, in process: what zones say, what is asked elsewhere, and what fits into a datagram."""
 
+from typing import Any
+
 import dns.edns
 import dns.exception
 import dns.flags
@@ -49,7 +51,7 @@ ZONES = tuple(
 )
 
 
-def _query(name: str, kind: str = "A", **options: object) -> dns.message.QueryMessage:
+def _query(name: str, kind: str = "A", **options: Any) -> dns.message.QueryMessage:
     return dns.message.make_query(name, kind, **options)
 
 

@@ -17,15 +17,15 @@ SUBNET = {"type": "cloud", "network_zone": "eu-central", "ip_range": "10.0.1.0/2
 def make_network(cloud: Cloud, name: str = "inner", ip_range: str = "10.0.0.0/16", **values: Any) -> int:
     """The id of a network, with one subnet unless told otherwise."""
     body = {"name": name, "ip_range": ip_range, "subnets": [SUBNET], **values}
-    return cloud.post("/networks", body)["network"]["id"]
+    return int(cloud.post("/networks", body)["network"]["id"])
 
 
 def show(cloud: Cloud, network_id: int) -> Document:
-    return cloud.get(f"/networks/{network_id}")["network"]
+    return dict(cloud.get(f"/networks/{network_id}")["network"])
 
 
 def private_net(cloud: Cloud, server_id: int) -> list[Document]:
-    return cloud.get(f"/servers/{server_id}")["server"]["private_net"]
+    return list(cloud.get(f"/servers/{server_id}")["server"]["private_net"])
 
 
 def test_the_document(cloud: Cloud) -> None:
@@ -157,11 +157,11 @@ def test_a_server_is_attached_from_the_start(cloud: Cloud) -> None:
 
 def test_a_server_needs_a_public_address_or_a_network(cloud: Cloud) -> None:
     """Without both it could not be reached by anybody."""
-    body = {"name": "web", "server_type": "cx23", "image": "debian-13"}
-    body["public_net"] = {"enable_ipv4": False, "enable_ipv6": False}
+    public_net = {"enable_ipv4": False, "enable_ipv6": False}
+    body = {"name": "web", "server_type": "cx23", "image": "debian-13", "public_net": public_net}
     assert cloud.refuse("POST", "/servers", body) == (422, "invalid_input")
     assert cloud.refuse("POST", "/servers", {**body, "networks": [7]}) == (422, "invalid_input")
-    server_id = cloud.make_server(public_net=body["public_net"], networks=[make_network(cloud)])
+    server_id = cloud.make_server(public_net=public_net, networks=[make_network(cloud)])
     assert private_net(cloud, server_id)[0]["ip"] == "10.0.1.1"
 
 

@@ -8,11 +8,11 @@ BODY = {"name": "web", "server_type": "cx23", "image": "debian-13"}
 
 
 def _make(cloud: Cloud, name: str = "apart", **values: object) -> int:
-    return cloud.post("/placement_groups", {"name": name, "type": "spread", **values})["placement_group"]["id"]
+    return int(cloud.post("/placement_groups", {"name": name, "type": "spread", **values})["placement_group"]["id"])
 
 
 def _members(cloud: Cloud, group_id: int) -> list[int]:
-    return cloud.get(f"/placement_groups/{group_id}")["placement_group"]["servers"]
+    return list(cloud.get(f"/placement_groups/{group_id}")["placement_group"]["servers"])
 
 
 def test_one_is_made_changed_listed_and_deleted(cloud: Cloud) -> None:

@@ -13,7 +13,7 @@ from tests.unit.local_cloud.conftest import Cloud
 
 def _make(cloud: Cloud, name: str = "front", kind: str = "ipv4", **values: object) -> int:
     body = {"name": name, "type": kind, "location": "fsn1", "assignee_type": "server", **values}
-    return cloud.post("/primary_ips", body)["primary_ip"]["id"]
+    return int(cloud.post("/primary_ips", body)["primary_ip"]["id"])
 
 
 def test_those_of_a_server_go_with_it_unless_told_otherwise(cloud: Cloud) -> None:

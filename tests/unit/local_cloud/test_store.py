@@ -3,7 +3,7 @@
 import sqlite3
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -139,7 +139,7 @@ def test_a_transaction_that_cannot_be_committed_is_undone(tmp_path: Path) -> Non
                 raise sqlite3.OperationalError("disk I/O error")
             return connection.execute(statement, *values)
 
-    store._connection = Refusing()
+    store._connection = cast(sqlite3.Connection, Refusing())
     with pytest.raises(sqlite3.OperationalError, match="disk I/O error"):
         store.put("server", {"id": 1})
     store._connection = connection
