@@ -167,7 +167,8 @@ def api_deployment(
             for port in ("22", "80", "443")
         ]
         rules.append(FirewallRule(direction="in", protocol="icmp", source_ips=_EVERYWHERE, destination_ips=[]))
-        firewall = client.firewalls.create(name, rules=rules, labels=labels).firewall
+        # The client's documentation says that labels are a dict, its annotation that they are one text.
+        firewall = client.firewalls.create(name, rules=rules, labels=labels).firewall  # type: ignore[arg-type]
         undo.append(firewall.delete)
         subnet = NetworkSubnet(type="cloud", network_zone="eu-central", ip_range="10.77.0.0/24")
         network = client.networks.create(name, "10.77.0.0/24", subnets=[subnet], labels=labels)

@@ -103,7 +103,7 @@ class Page:
 
     def console(self) -> list[str]:
         """What the browser complained of since it was last asked."""
-        entries = self.driver.get_log("browser")
+        entries = self.driver.get_log("browser")  # type: ignore[no-untyped-call]  # selenium has no annotation
         return [entry["message"] for entry in entries if entry["level"] == "SEVERE"]
 
     def violations(self) -> list[str]:

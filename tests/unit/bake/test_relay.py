@@ -225,7 +225,7 @@ def test_nothing_is_read_of_who_may_not_ask_or_says_too_much(
     handler.headers["Authorization"], handler.headers["Content-Length"] = f"Bearer {key or relay.token}", length
     handler.command, handler.path, handler.requestline = "POST", "/v1/ssh_keys", ""
     handler.request_version, handler.close_connection = "HTTP/1.1", False
-    handler.rfile = None  # so that reading it would fail
+    handler.rfile = None  # type: ignore[assignment]  # so that reading it would fail
     handler.wfile = io.BytesIO()
     handler.do_POST()  # type: ignore[attr-defined]  # of a class made in a function
     assert handler.wfile.getvalue().startswith(b"HTTP/1.1 401")
