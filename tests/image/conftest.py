@@ -10,7 +10,8 @@ from hcloud.ssh_keys import BoundSSHKey
 from scripts.local_cloud.machines.host import HostUnfit, require_tools
 from scripts.setup_host import IMAGE
 from tests.absent import did_not_run
-from tests.image.harness import Node, bake, node
+from tests.image.harness import Node, node
+from tests.image.kept import kept_image
 from tests.image.launch import find_program
 from tests.local_cloud.conftest import host, key  # noqa: F401 - fixtures
 from tests.local_cloud.harness import LocalCloud, cut_off, running_cloud
@@ -37,9 +38,9 @@ def cloud(host: None, tools: None, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="session")
 def image(cloud: LocalCloud, tmp_path_factory: pytest.TempPathFactory) -> BoundImage:
-    """The snapshot of a whole bake, all layers on one server; from here on nobody reaches the outside."""
+    """The snapshot of a whole bake, all layers on one server, perhaps an earlier run's; nobody reaches the outside."""
     try:
-        made = bake(cloud, tmp_path_factory.mktemp("packer"), image_version="test-1")
+        made = kept_image(cloud, tmp_path_factory.mktemp("packer"), "test-1", "starter")
     except ProgramMissing as error:
         did_not_run(error)
     cut_off(cloud, "*")

@@ -15,7 +15,8 @@ from scripts.bake.answers import given
 from scripts.handover_key import make_pair
 from tests.bench.model import talkative
 from tests.image.acme import AcmeServer
-from tests.image.harness import DOMAIN, ROOT, bake
+from tests.image.harness import DOMAIN, ROOT
+from tests.image.kept import kept_image
 from tests.image.launch import KEYS, Deployment, api_key, apply_with_names, deployment
 from tests.image.launch_by_api import ApiDeployment, api_deployment
 from tests.image.load import Load, Way
@@ -47,8 +48,7 @@ def talkative_image(
     cut_off(cloud)  # a bake fetches
     try:
         model = talkative(ROOT / ".cache" / "bench")
-        folder = tmp_path_factory.mktemp("talkative")
-        return bake(cloud, folder, image_version="test-2", model="talkative", model_file=str(model))
+        return kept_image(cloud, tmp_path_factory.mktemp("talkative"), "test-2", "talkative", model)
     finally:
         cut_off(cloud, "*")
 
