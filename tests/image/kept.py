@@ -8,6 +8,7 @@ from pathlib import Path
 from hcloud.images import BoundImage, Image
 from hcloud.server_types import ServerType
 
+from scripts.bake.answers import given
 from scripts.bake.inputs import read_tree
 from scripts.local_cloud.machines.base_image import current_name
 from scripts.local_cloud.machines.host import run
@@ -60,7 +61,7 @@ def _put_into(cloud: LocalCloud, tar: Path, version: str) -> BoundImage:
     pool.open()
     pool.delete(name)
     pool.unpack(tar, name)
-    return taken.image
+    return cloud.client().images.get_by_id(given(taken.image.id))
 
 
 def _disk(cloud: LocalCloud, image: BoundImage) -> Path:

@@ -30,7 +30,7 @@ def test_a_machine_that_cannot_run_it_is_told_why_and_what_instead(
     monkeypatch.setattr(demo, name, refuse("servers are system containers, which only root can start"))
     monkeypatch.setattr(demo, "clean", lambda: pytest.fail("something was touched"))
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
-    monkeypatch.delenv("MINI_LLM_DEMO", raising=False)  # main sets it; this takes it back
+    monkeypatch.setenv("MINI_LLM_DEMO", "")  # main sets it; this takes it back
     assert demo.main() == 1
     first, second = capsys.readouterr().err.splitlines()
     assert first == "error: servers are system containers, which only root can start"
@@ -67,7 +67,7 @@ def test_what_should_not_have_been_fails_the_demo(
     monkeypatch.setattr(demo, "check_machine", lambda: None)
     monkeypatch.setattr(demo, "clean", lambda: None)
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
-    monkeypatch.delenv("MINI_LLM_DEMO", raising=False)  # main sets it; this takes it back
+    monkeypatch.setenv("MINI_LLM_DEMO", "")  # main sets it; this takes it back
     monkeypatch.setattr(demo, "run_story", story)
     monkeypatch.setattr(demo, "traces", lambda state: left)
     monkeypatch.setattr(demo, "_FOLDER", tmp_path / "demo")
@@ -111,7 +111,7 @@ def test_what_is_left_is_told_however_it_ended(
     monkeypatch.setattr(demo, "check_machine", lambda: None)
     monkeypatch.setattr(demo, "clean", lambda: None)
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
-    monkeypatch.delenv("MINI_LLM_DEMO", raising=False)
+    monkeypatch.setenv("MINI_LLM_DEMO", "")
     monkeypatch.setattr(demo, "run_story", story)
     monkeypatch.setattr(demo, "traces", lambda state: {"namespaces": ["mlc-1"]})
     monkeypatch.setattr(demo, "_FOLDER", tmp_path / "demo")
