@@ -251,6 +251,7 @@ def _cause_what_the_service_tells(own: Node, webhook: Webhook) -> None:
     for _ in range(4):
         own.run("systemctl kill -s KILL mini-llm; sleep 4")
     _wait_until(lambda: {"CrashLoop"} - webhook.fired, 60)
+    own.wait_ready()  # so that there is an engine to end
     own.run("mv /opt/mini-llm/models /opt/mini-llm/away; pkill -9 -f '[s]ervice.engine.worker'")
     own.run("docker stop mini-llm-node-exporter-1")
     _wait_until(lambda: {"QueueFull", "EngineRestarted", "ModelNotLoaded", "TargetDown"} - webhook.fired, 90)
