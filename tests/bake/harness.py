@@ -33,6 +33,7 @@ _COPIED = (
     *("service/starter/starter.json", "service/models.json", "service/requirements.txt"),
 )
 _LONGEST_S = 300.0
+_PROGRAM = ("scripts/bake.py",)
 
 
 def make_tree(folder: Path, misbehave: str = "") -> Path:
@@ -153,13 +154,13 @@ class Bench:
         """The local cloud's, as long as a real one: what is as short as ``local`` stands everywhere."""
         return pad_token(TOKEN)
 
-    def start(self, *words: str) -> Running:
+    def start(self, *words: str, program: tuple[str, ...] = _PROGRAM) -> Running:
         """Begins a verb of the program, for the small tree."""
         told = [*words, "--tree", str(self.tree)]
         own = {"HCLOUD_TOKEN": self.token, "MINI_LLM_STATE_DIR": str(self.state)}
         environment = {**self.cloud.environment, **self.packer, **own}
         process = subprocess.Popen(
-            [sys.executable, "scripts/bake.py", *told],
+            [sys.executable, *program, *told],
             cwd=ROOT,
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -169,9 +170,9 @@ class Bench:
         )
         return Running(process)
 
-    def run(self, *words: str, patience_s: float = _LONGEST_S) -> Done:
+    def run(self, *words: str, patience_s: float = _LONGEST_S, program: tuple[str, ...] = _PROGRAM) -> Done:
         """A verb of the program, to its end."""
-        return self.start(*words).finish(patience_s)
+        return self.start(*words, program=program).finish(patience_s)
 
     def local(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         """A call of the local cloud's own paths."""
