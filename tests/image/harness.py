@@ -102,6 +102,11 @@ def bake(cloud: LocalCloud, folder: Path, **variables: str) -> BoundImage:
     return cloud.client().images.get_all(type=["snapshot"], sort=["id:desc"])[0]
 
 
+def disk_of(cloud: LocalCloud, image: BoundImage) -> Path:
+    """The snapshot's own files, as root of this host sees them."""
+    return cloud.state / "pool" / "images" / str(image.id)
+
+
 @dataclass(frozen=True)
 class Node:
     """A server from the image, with a way in and a key of its service."""

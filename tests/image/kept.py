@@ -13,7 +13,7 @@ from scripts.bake.inputs import read_tree
 from scripts.local_cloud.machines.base_image import current_name
 from scripts.local_cloud.machines.host import run
 from scripts.local_cloud.machines.pool import Pool
-from tests.image.harness import CONTAINERS, ROOT, bake
+from tests.image.harness import CONTAINERS, ROOT, bake, disk_of
 from tests.local_cloud.harness import LocalCloud
 from tests.programs import keep
 
@@ -29,7 +29,8 @@ def kept_image(cloud: LocalCloud, folder: Path, version: str, model: str, model_
     def build(draft: Path) -> None:
         own = {} if model_file is None else {"model_file": str(model_file)}
         baked.append(bake(cloud, folder, image_version=version, model=model, **own))
-        run([*_TAR, "--create", "--file", draft, "--directory", _disk(cloud, baked[0]), "."], timeout_s=_TAR_TIMEOUT_S)
+        disk = disk_of(cloud, baked[0])
+        run([*_TAR, "--create", "--file", draft, "--directory", disk, "."], timeout_s=_TAR_TIMEOUT_S)
 
     tar = keep(f"image-{_name_content(folder, version, model, model_file)}.tar", build)
     if baked:
@@ -56,16 +57,12 @@ def _put_into(cloud: LocalCloud, tar: Path, version: str) -> BoundImage:
     taken = made.server.create_image(description=f"mini-llm {version}, kept", labels=labels, type="snapshot")
     taken.action.wait_until_finished()
     made.server.delete().wait_until_finished()
-    name = str(_disk(cloud, taken.image).relative_to(cloud.state / "pool"))
+    name = str(disk_of(cloud, taken.image).relative_to(cloud.state / "pool"))
     pool = Pool(cloud.state, print)
     pool.open()
     pool.delete(name)
     pool.unpack(tar, name)
     return cloud.client().images.get_by_id(given(taken.image.id))
-
-
-def _disk(cloud: LocalCloud, image: BoundImage) -> Path:
-    return cloud.state / "pool" / "images" / str(image.id)
 
 
 def _forget_old_ones(tar: Path) -> None:

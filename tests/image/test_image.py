@@ -20,7 +20,7 @@ from scripts.bake.answers import given
 from scripts.local_cloud.machines.network import tag_of, transfer_addresses
 from tests.absent import did_not_run
 from tests.image.acme import AcmeServer, running_acme_server
-from tests.image.harness import DOMAIN, ROOT, Node, bake, node, packer
+from tests.image.harness import DOMAIN, ROOT, Node, bake, disk_of, node, packer
 from tests.image.scripts import load_script
 from tests.local_cloud.harness import LocalCloud, address_of, cut_off, traces
 from tests.programs import ProgramMissing
@@ -57,7 +57,7 @@ def test_the_template_is_valid_and_formatted(tmp_path: Path) -> None:
 
 def test_the_snapshot_holds_nothing_of_who_baked(cloud: LocalCloud, image: BoundImage) -> None:
     """No key, identity, log, list or cache; nothing beside the model that a node does not need."""
-    disk = cloud.state / "pool" / "images" / str(image.id)
+    disk = disk_of(cloud, image)
     assert load_script("rootfs/usr/lib/mini-llm/audit_image.py").audit(disk) == []
     labels = given(image.labels)
     assert (labels["version"], labels["layer"]) == ("test-1", "service")

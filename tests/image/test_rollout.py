@@ -15,7 +15,7 @@ from scripts.bake.answers import given
 from scripts.handover_key import make_pair
 from tests.bench.model import talkative
 from tests.image.acme import AcmeServer
-from tests.image.harness import DOMAIN, ROOT
+from tests.image.harness import DOMAIN, ROOT, disk_of
 from tests.image.kept import kept_image
 from tests.image.launch import KEYS, Deployment, api_key, apply_with_names, deployment
 from tests.image.launch_by_api import ApiDeployment, api_deployment
@@ -48,9 +48,13 @@ def talkative_image(
     cut_off(cloud)  # a bake fetches
     try:
         model = talkative(ROOT / ".cache" / "bench")
-        return kept_image(cloud, tmp_path_factory.mktemp("talkative"), "test-2", "talkative", model)
+        made = kept_image(cloud, tmp_path_factory.mktemp("talkative"), "test-2", "talkative", model)
     finally:
         cut_off(cloud, "*")
+    # Two nodes share a machine here: the threads of their engines would wait for each other at every layer.
+    with (disk_of(cloud, made) / "etc/mini-llm/service.env").open("a") as settings:
+        settings.write("LLM_THREADS=1\n")
+    return made
 
 
 @contextmanager
