@@ -410,7 +410,7 @@ def take_audit(answer: http.client.HTTPResponse, state: Path, aside: Path) -> No
 
 
 def take_history(answer: http.client.HTTPResponse, prometheus: Path, aside: Path) -> int:
-    """The old node's blocks, beside this one's: Prometheus finds them within a minute. How many; raises as above."""
+    """The old node's blocks, beside this one's: Prometheus finds them within seconds. How many; raises as above."""
     with _unpacked(answer, aside, prometheus.stat()) as folders:
         blocks = [path for path in folders if _BLOCK.fullmatch(path.name)]
         for path in blocks:
