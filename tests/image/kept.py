@@ -15,8 +15,9 @@ from scripts.local_cloud.machines.host import run
 from scripts.local_cloud.machines.pool import Pool
 from tests.image.harness import CONTAINERS, ROOT, bake, disk_of
 from tests.local_cloud.harness import LocalCloud
-from tests.programs import keep
+from tests.programs import PACKER, PACKER_PLUGIN_HCLOUD, keep
 
+_REGISTRY = Path(__file__).with_name("registry.py")
 _KEPT = 4  # each is more than a GB
 _TAR_TIMEOUT_S = 300.0
 _TAR = ("tar", "--numeric-owner", "--xattrs", "--xattrs-include=*")
@@ -42,9 +43,10 @@ def kept_image(cloud: LocalCloud, folder: Path, version: str, model: str, model_
 def _name_content(folder: Path, version: str, model: str, model_file: Path | None) -> str:
     """What a bake is made of, in 12 hex digits; the week is in it, for Debian's packages are those of the day."""
     layers = read_tree(ROOT, model, model_file, None, version, folder).digests
-    programs = sorted(f"{each.name}-{each.version}" for each in CONTAINERS.values())
+    programs = sorted(f"{each.name}-{each.version}" for each in (*CONTAINERS.values(), PACKER, PACKER_PLUGIN_HCLOUD))
+    packed = _REGISTRY.read_text()  # how a program becomes a container
     week = datetime.now(UTC).strftime("%G-%V")
-    return hashlib.sha256(json.dumps([layers, programs, current_name(), week]).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps([layers, programs, packed, current_name(), week]).encode()).hexdigest()[:12]
 
 
 def _put_into(cloud: LocalCloud, tar: Path, version: str) -> BoundImage:
