@@ -10,10 +10,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+import yaml
 
 from scripts.handover_key import main, make_pair
 from service.counters import NodeStorage
-from tests.image.scripts import load_script
+from tests.image.scripts import ROOT, load_script
 
 handover = load_script("rootfs/usr/lib/mini-llm/handover.py")
 stack = load_script("rootfs/usr/lib/mini-llm/stack.py")
@@ -265,3 +266,50 @@ def test_the_key_is_made_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         main(["a", "b"])
     assert ended.value.code == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+BLOCKS = (f"01{24 * 'A'}", f"01{24 * 'B'}")
+
+
+def prometheus_that_knows(monkeypatch: pytest.MonkeyPatch, folder: Path, *known: tuple[str, ...]) -> list[Path]:
+    """One in whose folder both blocks lie; its snapshots, each of which holds what it knows by then."""
+    made: list[Path] = []
+
+    def fetch(*words: object, **more: object) -> bytes:
+        made.append(folder / "snapshots" / f"20261127T1200{len(made):02}Z-1f")
+        for name in known[min(len(made), len(known)) - 1]:
+            (made[-1] / name).mkdir(parents=True)
+        return json.dumps({"data": {"name": made[-1].name}}).encode()
+
+    for name in (*BLOCKS, f"{BLOCKS[0]}.tmp-for-creation", "wal"):
+        (folder / name).mkdir()
+    monkeypatch.setattr(handover, "fetch", fetch)
+    return made
+
+
+def test_history_waits_for_what_the_node_before_brought(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which Prometheus does not know at once; a snapshot without it is removed."""
+    made = prometheus_that_knows(monkeypatch, tmp_path, BLOCKS[1:], BLOCKS[1:], BLOCKS)
+    slept: list[float] = []
+    assert handover.take_snapshot(tmp_path, slept.append, lambda: sum(slept)) == made[2]
+    assert len(slept) == 2
+    assert [path.exists() for path in made] == [False, False, True]
+
+
+def test_history_does_not_wait_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """For a block that cannot be read, say: it is told, and the rest is handed over."""
+    made = prometheus_that_knows(monkeypatch, tmp_path, BLOCKS[1:])
+    slept: list[float] = []
+    assert handover.take_snapshot(tmp_path, slept.append, lambda: sum(slept)) == made[-1]
+    assert 15 < sum(slept) < 30
+    assert [path.exists() for path in made] == [False] * (len(made) - 1) + [True]
+    assert BLOCKS[0] in capsys.readouterr().err
+
+
+def test_history_waits_longer_than_prometheus_needs_to_find_a_block() -> None:
+    """Three of its looks, as compose.yaml has them."""
+    compose = yaml.safe_load((ROOT / "image/rootfs/usr/share/mini-llm/stack/compose.yaml").read_text())
+    [every] = [word for word in compose["services"]["prometheus"]["command"] if "block-reload-interval" in word]
+    assert 3 * int(every.partition("=")[2].removesuffix("s")) <= handover._KNOWN_WITHIN_S

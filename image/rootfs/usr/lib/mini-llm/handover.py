@@ -38,6 +38,9 @@ _STOP_TIMEOUT_S = 400  # the service gives its answers 330
 _ASK_TIMEOUT_S = 3.0
 _HISTORY_TIMEOUT_S = 60.0
 _LARGEST_FILE_BYTES = 16 << 20
+# Prometheus looks for blocks every 5 s (compose.yaml); what it does not know by then it cannot read.
+_KNOWN_WITHIN_S, _KNOWN_EVERY_S = 20.0, 2.0
+BLOCK = re.compile(r"[0-9A-HJKMNP-TV-Z]{26}")  # the name of a block of Prometheus', a ULID
 _SNAPSHOT = re.compile(r"[0-9]{8}T[0-9]{6}Z-[0-9a-f]+")
 _BUSY = ("looking", "prepared", "moved")
 _TOUCH_EVERY_S = 5.0
@@ -190,13 +193,27 @@ def knock(target: str) -> str:
     return source
 
 
-def take_snapshot(prometheus: Path) -> Path:
-    """A copy of all that Prometheus knows, in its own folder; raises OSError, ValueError."""
-    told = fetch(stack.PROMETHEUS, "/api/v1/admin/tsdb/snapshot", method="POST", timeout_s=_HISTORY_TIMEOUT_S)
-    name = str(json.loads(told)["data"]["name"])
-    if not _SNAPSHOT.fullmatch(name) or (prometheus / "snapshots").is_symlink():
-        raise ValueError("Prometheus names a snapshot that is none")
-    return prometheus / "snapshots" / name
+def take_snapshot(
+    prometheus: Path, sleep: Callable[[float], None] = time.sleep, now_s: Callable[[], float] = time.monotonic
+) -> Path:
+    """A copy of all that Prometheus knows, in its own folder, once it knows the blocks that lie there: the node before
+    may just have brought some. Raises OSError, ValueError.
+    """
+    end_s = now_s() + _KNOWN_WITHIN_S
+    while True:
+        told = fetch(stack.PROMETHEUS, "/api/v1/admin/tsdb/snapshot", method="POST", timeout_s=_HISTORY_TIMEOUT_S)
+        name = str(json.loads(told)["data"]["name"])
+        if not _SNAPSHOT.fullmatch(name) or (prometheus / "snapshots").is_symlink():
+            raise ValueError("Prometheus names a snapshot that is none")
+        snapshot = prometheus / "snapshots" / name
+        lying = {path.name for path in prometheus.iterdir() if BLOCK.fullmatch(path.name)}
+        unknown = lying - {path.name for path in snapshot.iterdir()}
+        if not unknown or now_s() >= end_s:
+            if unknown:
+                print(f"stays here, for Prometheus does not know it: {', '.join(sorted(unknown))}", file=sys.stderr)
+            return snapshot
+        shutil.rmtree(snapshot, ignore_errors=True)
+        sleep(_KNOWN_EVERY_S)
 
 
 def systemctl(*words: str) -> None:

@@ -56,7 +56,6 @@ _IDLE_S, _LONGEST_ANSWER_S = 10.0, 330.0
 _GAP_WITHIN_S, _DRAIN_S = 300.0, 60.0
 _REST_S, _HELD_S, _HOLD_AGAIN_S, _HOLD_WITHIN_S = 15.0, 30, 10.0, 60.0
 _KEPT_AUDIT_FILES = 32
-_BLOCK = re.compile(r"[0-9A-HJKMNP-TV-Z]{26}")  # the name of a block of Prometheus', a ULID
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _AUDIT_HEAD = re.compile(r'\{"seq":[0-9]+,"hash":"([0-9a-f]{64})"\}\s*')
 
@@ -412,7 +411,7 @@ def take_audit(answer: http.client.HTTPResponse, state: Path, aside: Path) -> No
 def take_history(answer: http.client.HTTPResponse, prometheus: Path, aside: Path) -> int:
     """The old node's blocks, beside this one's: Prometheus finds them within seconds. How many; raises as above."""
     with _unpacked(answer, aside, prometheus.stat()) as folders:
-        blocks = [path for path in folders if _BLOCK.fullmatch(path.name)]
+        blocks = [path for path in folders if handover.BLOCK.fullmatch(path.name)]
         for path in blocks:
             if not (prometheus / path.name).exists():
                 path.rename(prometheus / path.name)
