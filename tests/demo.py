@@ -112,16 +112,11 @@ def bake(bakery: Bakery) -> tuple[dict[str, Any], list[str]]:
     process = bakery.start("build", "--promote", "--json")
     assert process.stderr is not None
     assert process.stdout is not None
-    try:
-        lines = []
-        for line in process.stderr:
-            lines.append(line)
-            print(f"    {line.rstrip()}", flush=True)
-        told = process.stdout.read()
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGINT)  # it cleans up what it made
-        code = process.wait(120)
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        print(f"    {line.rstrip()}", flush=True)
+    told, code = process.stdout.read(), process.wait(120)
     if code:
         raise CannotRun(f"bake.py ended with {code}: {lines[-1].strip() if lines else 'it said nothing'}")
     return json.loads(told), lines

@@ -1,12 +1,14 @@
 """Owns a bakery: a local cloud, a copy of this tree to change, and bake.py with all that it needs there."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from tests.local_cloud.harness import TOKEN, LocalCloud, running_cloud
 
 # As long as Hetzner's, and taken by the local cloud as well: so that it can be looked for in what a bake leaves.
 LONG_TOKEN = "local".ljust(64, "0")
-_PATIENCE_S = 600
+_PATIENCE_S, _STOP_PATIENCE_S = 600, 120
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,12 @@ class Bakery:
     state: Path
     environment: dict[str, str]
     more: list[str]
+    begun: list["subprocess.Popen[str]"] = field(default_factory=list)
 
     def start(self, verb: str, *words: str) -> "subprocess.Popen[str]":
         """A verb in a process; ``build`` finds the stand-ins of the registries."""
         own = self.more if verb == "build" else []
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "scripts/bake.py", verb, "--tree", str(self.tree), *own, *words],
             cwd=ROOT,
             env=self.environment,
@@ -43,6 +46,19 @@ class Bakery:
             text=True,
             start_new_session=True,  # a terminal's Ctrl-C reaches it once, through who started it
         )
+        self.begun.append(process)
+        return process
+
+    def stop(self) -> None:
+        """Ends what still runs, while there is a cloud to take back from: a test was interrupted, or has failed."""
+        for process in self.begun:
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+                try:
+                    process.communicate(timeout=_STOP_PATIENCE_S)
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.communicate()
 
     def run(self, verb: str, *words: str) -> tuple[int, str, str]:
         """Exit code, standard output, standard error."""
@@ -109,4 +125,6 @@ def running_bakery(folder: Path, *, stand_ins: bool = True) -> Iterator[Bakery]:
             pins_file, authorities = ends.enter_context(stand_in_registry(cloud, folder / "packer"))
             more = ["--pins-file", str(pins_file), "--extra-ca-file", str(authorities)]
         told = {"HCLOUD_TOKEN": LONG_TOKEN, "MINI_LLM_STATE_DIR": str(state)}
-        yield Bakery(cloud, tree, state, {**cloud.environment, **own, **told}, more)
+        bakery = Bakery(cloud, tree, state, {**cloud.environment, **own, **told}, more)
+        ends.callback(bakery.stop)
+        yield bakery

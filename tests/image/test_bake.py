@@ -173,6 +173,17 @@ def test_killed_in_the_checks(bakery: Bakery, first: dict[str, Any]) -> None:
     assert bakery.leftovers() == []
 
 
+def test_a_bake_that_is_interrupted_leaves_nothing(bakery: Bakery, first: dict[str, Any]) -> None:
+    """While Packer works, as when the tests are interrupted: the bakery ends it before its cloud goes."""
+    bakery.change("service/stops.py", "# and a line for nobody\n")
+    process = bakery.start("build")
+    assert process.stderr is not None
+    assert any(line.startswith("phase layer service") for line in process.stderr)
+    bakery.stop()
+    assert process.returncode == 130
+    assert bakery.leftovers() == []
+
+
 def test_the_cloud_says_no_to_the_probe(bakery: Bakery, first: dict[str, Any]) -> None:
     """A clear line with what support asks for, and nothing is left once it is swept."""
     bakery.change("service/stops.py", "# and one more\n")
