@@ -68,7 +68,7 @@ class Pool:
             self.delete(str(path.relative_to(self.root)))
 
     def close(self) -> None:
-        """Unmounts the pool; what it holds stays in its file. One that is not mounted is no error."""
+        """Unmounts the pool, its loop device with it; what it holds stays in its file. None mounted is no error."""
         give_up_s = time.monotonic() + _BUSY_TIMEOUT_S
         while is_mounted(self.root):
             try:
@@ -77,6 +77,10 @@ class Pool:
                 if time.monotonic() > give_up_s:
                     raise
                 time.sleep(0.05)
+        give_up_s = time.monotonic() + _BUSY_TIMEOUT_S
+        # The kernel lets the device go when nobody looks at it any more, as udev does at the changes of each.
+        while self._file.exists() and self._loop_devices() and time.monotonic() < give_up_s:
+            time.sleep(0.05)
 
     def erase(self) -> None:
         """Removes all disks and images; the pool must be closed. Where there is none, that is no error."""
@@ -193,8 +197,11 @@ class Pool:
         else:
             self.path(name).mkdir()
 
+    def _loop_devices(self) -> list[str]:
+        return run(["losetup", "--associated", self._file, "--noheadings", "--output", "NAME"]).split()
+
     def _loop_device(self) -> str:
-        devices = run(["losetup", "--associated", self._file, "--noheadings", "--output", "NAME"]).split()
+        devices = self._loop_devices()
         if not devices:
             raise MachineFailed(f"{self._file} has no loop device any more")
         return devices[0]
