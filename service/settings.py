@@ -184,7 +184,7 @@ SETTINGS: dict[str, Setting] = {
     "model_sha256": Setting(parse_sha256, "digest that the model's file must have"),
     "model_name": Setting(_parse_text, "name to report instead of the file's own"),
     "context_length": Setting(parse_integer(32, 1 << 20), "tokens; default: what file and memory allow"),
-    "threads": Setting(parse_integer(1, 256), "threads of the engine; default: usable CPUs"),
+    "threads": Setting(parse_integer(1, 256), "threads of the engine; default: usable CPUs, for a tiny model 1"),
     "queue_size": Setting(parse_integer(0, 512), "requests that may wait"),
     "queue_wait_s": Setting(parse_number(0.1, 3600), "longest wait for a turn"),
     "default_max_tokens": Setting(parse_integer(1, 1 << 20), "max_tokens of a request that names none"),

@@ -69,7 +69,7 @@ def load_engine(settings: dict[str, Any], show_phase: Callable[[str], None]) -> 
         sha256=verified.sha256,
         header=header,
         context_length=context_length,
-        threads=settings["threads"] or host.threads_here(),
+        threads=settings["threads"] or host.threads_for(header.weights_bytes),
     )
     engine: Engine = importlib.import_module(settings["adapter"]).load(spec)
     return engine

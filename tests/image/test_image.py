@@ -91,6 +91,7 @@ def test_it_serves_without_the_outside(cloud: LocalCloud, served: Node) -> None:
     assert served.run(f"sysctl -n {' '.join(f'net.{name}' for name in names)}").split() == ["2", "0", "0"]
     # When memory ends the engine goes first, and the model's pages last.
     assert served.run("cat /proc/$(pgrep -f '[s]ervice.engine.worker')/oom_score_adj").strip() == "800"
+    assert served.run("systemctl show -P CPUWeight model.slice").strip() == "1000"
     kept = served.run("systemctl show -P MemoryMin model.slice; stat -c %s /opt/mini-llm/models/*.gguf").split()
     assert kept[0] == kept[1]
     # The way out counts what it drops: the node has asked for nothing out there.

@@ -49,13 +49,9 @@ def talkative_image(
     cut_off(cloud)  # a bake fetches
     try:
         model = talkative(ROOT / ".cache" / "bench")
-        made = kept_image(cloud, tmp_path_factory.mktemp("talkative"), "test-2", "talkative", model)
+        return kept_image(cloud, tmp_path_factory.mktemp("talkative"), "test-2", "talkative", model)
     finally:
         cut_off(cloud, "*")
-    # Two nodes share a machine here: the threads of their engines would wait for each other at every layer.
-    with (disk_of(cloud, made) / "etc/mini-llm/service.env").open("a") as settings:
-        settings.write("LLM_THREADS=1\n")
-    return made
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from service.engine.host import (
     cgroup_cpu_quota,
     cgroup_memory_available_bytes,
     memory_for_engine_bytes,
+    threads_for,
     threads_here,
     usable_threads,
 )
@@ -79,6 +80,12 @@ def test_memory_v1_no_limit(tmp_path: Path) -> None:
     files = {"fs/memory/memory.limit_in_bytes": "9223372036854771712", "fs/memory/memory.usage_in_bytes": "5"}
     tree(tmp_path, {"proc": "4:memory:/\n", **files})
     assert cgroup_memory_available_bytes(tmp_path / "proc", tmp_path / "fs") is None
+
+
+def test_a_tiny_model_has_one_thread() -> None:
+    """What a token takes of it is less than another thread's beginning; every other model has all that there are."""
+    assert threads_for(3_000_000) == 1
+    assert threads_for(77_000_000) == threads_here()
 
 
 def test_here() -> None:
