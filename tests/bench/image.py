@@ -18,7 +18,7 @@ from scripts.local_cloud.machines.network import tag_of, transfer_addresses
 from tests.bench.by_hand import usual_way
 from tests.bench.model import billion
 from tests.image.acme import running_acme_server
-from tests.image.harness import DOMAIN, ROOT, Node, bake, node
+from tests.image.harness import DOMAIN, ROOT, Node, bake, node, stand_in_registry
 from tests.local_cloud.harness import LocalCloud, cut_off, make_key, running_cloud, wait_until_off
 
 ROUNDS, FRESH_ROUNDS = 5, 3
@@ -125,6 +125,17 @@ def ordered_s(bench: Bench, image: BoundImage, folder: Path) -> tuple[list[float
         return times_s, server.log.read_text().count("set INVALID")
 
 
+def by_hand_s(bench: Bench, folder: Path) -> dict[str, float]:
+    """Seconds of each step of the usual way, with the same container images and the same ACME server."""
+    host, _ = transfer_addresses(tag_of(bench.cloud.state))
+    (folder / "acme").mkdir()
+    with (
+        stand_in_registry(bench.cloud, folder) as (pins_file, authorities),
+        running_acme_server(folder / "acme", host) as acme,
+    ):
+        return usual_way(bench.client, bench.known, bench.key, STARTER, acme, pins_file, authorities)
+
+
 def forget(*files: Path) -> None:
     """Drops files from the page cache of this host, and nothing else from it."""
     for path in files:
@@ -190,7 +201,7 @@ def measure_large(bench: Bench, image: BoundImage, name: str) -> list[Figure]:
 def main() -> int:
     with ExitStack() as ends:
         folder = Path(ends.enter_context(tempfile.TemporaryDirectory()))
-        for name in ("starter", "large", "acme"):
+        for name in ("starter", "large", "acme", "by-hand"):
             (folder / name).mkdir()
         arguments = ("--old-clients", "--requests-per-hour", "100000")
         cloud = ends.enter_context(running_cloud(folder, *arguments))
@@ -204,7 +215,7 @@ def main() -> int:
         large = bake(
             cloud, folder / "large", image_version="bench-large", model="random-1b", model_file=str(large_file)
         )
-        steps_s = usual_way(client, bench.known, key, STARTER)
+        steps_s = by_hand_s(bench, folder / "by-hand")
         told = ", ".join(f"{name} {took_s:.1f}" for name, took_s in steps_s.items())
         print(f"  the usual way, in seconds: {told}", flush=True)
         order_s, failed = ordered_s(bench, image, folder / "acme")
@@ -223,15 +234,15 @@ def main() -> int:
             ),
             *measure_large(bench, large, large_file.name),
         ]
-        by_hand_s = sum(steps_s.values())
-        ratio = by_hand_s / statistics.median(create_s)
+        usual_s = sum(steps_s.values())
+        ratio = usual_s / statistics.median(order_s)
         figures.append(
             Figure(
-                "the usual way / create to first token",
+                "the usual way / create, order at Pebble",
                 f"{ratio:.0f} x",
                 f"≥ {RATIO_GOAL:.0f} x",
                 ratio >= RATIO_GOAL,
-                f"{by_hand_s:.0f} s by the usual way, from a near mirror",
+                f"{usual_s:.0f} s by the usual way, order too; from a mirror and a registry next door",
             )
         )
     print(f"{chain}\n  {'figure':38} {'median (span)':23} {'goal':15} floor, physical limit")

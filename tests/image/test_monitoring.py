@@ -238,10 +238,13 @@ def test_each_alert_fires_for_its_reason_and_resolves(
 
 def _cause_what_the_service_tells(own: Node, webhook: Webhook) -> None:
     """A full queue, an engine that is killed and cannot come back, and what can be wrong with the node itself."""
-    answer = {"prompt": "Tell me all", "max_tokens": 900, "temperature": 1.5}
+    engine = "-f '[s]ervice.engine.worker'"
+    own.run(f"pkill -STOP {engine}")
     with ThreadPoolExecutor(40) as pool:
-        statuses = list(pool.map(lambda _: own.ask("/generate", answer)[0], range(80)))
-    assert statuses.count(503) > 0
+        asked = [pool.submit(own.ask, "/generate", {"prompt": "Tell me all"}) for _ in range(40)]
+        _wait_until(lambda: {"503"} - {str(each.result()[0]) for each in asked if each.done()}, 30)
+        own.run(f"pkill -CONT {engine}")
+    assert {each.result()[0] for each in asked} == {200, 503}
     # A receiver that refuses what is told: what is left untold is told once it listens again.
     webhook.deaf = True
     wait_for_series(own, "increase(alertmanager_notifications_failed_total[1m]) > 0")

@@ -1,9 +1,11 @@
 #!/bin/sh
-# The usual way to a model on a rented server, as somebody types it: packages, Docker, a virtual environment, pip, start.
+# The usual way to a model on a rented server, as somebody types it: packages, Docker, a virtual environment, pip, start,
+# and Traefik with a certificate before it, Prometheus and Grafana beside it.
 # Runs as root in the folder that was copied there; prints what each step took. Argument: the model's file.
 #
-# Kinder than reality: nothing is typed, looked up or got wrong; packages come from a near mirror; the model is copied by
-# who measures instead of being downloaded; Docker is installed but no image fetched; there is no name, TLS, key or limit.
+# Kinder than reality: nothing is typed, looked up or got wrong; packages and images come from next door, Grafana's place is
+# taken by a stand-in of some MB; the model is copied by who measures instead of being downloaded; there is no key, limit,
+# dashboard or alert; the name leads there already.
 set -eu
 
 install_packages() {
@@ -19,12 +21,20 @@ install_requirements() {
 
 start_service() {
     systemd-run --quiet --unit=usual-way --working-directory="$PWD" --setenv=MODEL="$MODEL" \
-        venv/bin/uvicorn app:app --host 0.0.0.0 --port 8000
+        venv/bin/uvicorn app:app --host 127.0.0.1 --port 8000
+}
+
+pull_images() {
+    docker compose --progress quiet pull
+}
+
+start_containers() {
+    docker compose --progress quiet up --detach
 }
 
 step() {
     begun_ms=$(date +%s%3N)
-    "$1"
+    "$1" >&2
     echo "$1 $(($(date +%s%3N) - begun_ms))"
 }
 
@@ -32,3 +42,5 @@ MODEL=$1
 step install_packages
 step install_requirements
 step start_service
+step pull_images
+step start_containers
