@@ -13,7 +13,7 @@ GIVE_BACK = ; code=$$?; chown -R $(OWNER): .cache .pytest_cache 2>/dev/null; exi
 endif
 TESTS ?= tests/unit tests/image tests/bake tests/service tests/local_cloud tests/nix
 # Servers that boot wait more than they work, so two files run beside each other; each worker takes the next one in this order.
-SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
+SIDE_BY_SIDE := -n 3 --dist loadfile --no-loadscope-reorder
 # Programs that scripts/setup_host.py unpacked; what is installed comes first.
 export PATH := $(PATH):$(CURDIR)/.cache/debian/usr/bin
 TEST_REQUIREMENTS := service/requirements.txt service/starter/requirements.txt scripts/requirements.txt \
