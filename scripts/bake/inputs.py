@@ -6,6 +6,7 @@ what would be baked. Where container images are fetched from does not count, onl
 
 import hashlib
 import json
+import os
 import re
 import subprocess
 from collections.abc import Iterable, Mapping
@@ -222,4 +223,7 @@ def _ask_git(folder: Path) -> tuple[str, list[str]]:
 
 
 def _git(folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=60)
+    # A repository may name programs for git to start (core.fsmonitor): the token is none of theirs.
+    environment = {name: value for name, value in os.environ.items() if name != "HCLOUD_TOKEN"}
+    command = ["git", "-C", str(folder), *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)

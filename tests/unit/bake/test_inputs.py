@@ -211,9 +211,12 @@ def test_what_git_says_of_the_tree(
     status: tuple[int, str, str] | None,
     said: Any,
 ) -> None:
-    """A tree is clean only if git says so, of all that is uploaded, whatever somebody has set."""
+    """A tree is clean only if git says so, of all that is uploaded, whatever somebody has set; it gets no token."""
+    monkeypatch.setenv("HCLOUD_TOKEN", "secret")
 
-    def run(command: list[str], **more: Any) -> "subprocess.CompletedProcess[str]":
+    def run(command: list[str], env: dict[str, str], **more: Any) -> "subprocess.CompletedProcess[str]":
+        assert "PATH" in env
+        assert "HCLOUD_TOKEN" not in env
         told = head if "rev-parse" in command else status
         assert told is not None
         assert "rev-parse" in command or {"--ignored", "--untracked-files=all"} <= set(command)
