@@ -86,10 +86,12 @@ unit:
 	@$(CHECK) && $(VENV_PYTHON) -m pytest tests/unit $(GIVE_BACK)
 
 test-faults:
+	@$(PYTHON) scripts/setup_host.py test-faults
 	@$(SET_UP) $(TEST_REQUIREMENTS)
 	@$(VENV_PYTHON) -m tests.bake.fault_plan $(FAULTS)
 
 test-launch-faults:
+	@$(PYTHON) scripts/setup_host.py test-launch-faults
 	@$(SET_UP) $(TEST_REQUIREMENTS)
 	@$(VENV_PYTHON) -m tests.bake.launch_fault_plan $(FAULTS)
 
@@ -103,18 +105,22 @@ bench-servers:
 	@$(VENV_PYTHON) -m tests.bench.servers $(BENCH)
 
 bench-cloud:
+	@$(PYTHON) scripts/setup_host.py bench-cloud
 	@$(SET_UP) $(TEST_REQUIREMENTS)
 	@$(VENV_PYTHON) -m tests.bench.cloud
 
 bench-image:
+	@$(PYTHON) scripts/setup_host.py bench-image
 	@$(SET_UP) $(TEST_REQUIREMENTS)
 	@$(VENV_PYTHON) -m tests.bench.image
 
 bench-bake:
+	@$(PYTHON) scripts/setup_host.py bench-bake
 	@$(SET_UP) $(TEST_REQUIREMENTS)
 	@$(VENV_PYTHON) -m tests.bench.bake
 
 bench-rollout:
+	@$(PYTHON) scripts/setup_host.py bench-rollout
 	@$(SET_UP) $(TEST_REQUIREMENTS)
 	@$(VENV_PYTHON) -m tests.bench.rollout
 

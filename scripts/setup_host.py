@@ -38,7 +38,13 @@ _JUDGES = {
     "promtool": "promtool",
     "shellcheck": "shellcheck",
 }
-_NEEDS = {"demo": {**CLOUD, **IMAGE, **_BUILD, "hcloud": "hcloud-cli"}, "test": {**CLOUD, **IMAGE, **_BUILD, **_JUDGES}}
+# What has nothing to show without servers: a demo, and what measures or tries servers alone.
+_BENCHES = ("bench-cloud", "bench-image", "bench-bake", "bench-rollout")
+_WITH_SERVERS = ("demo", "test-faults", "test-launch-faults", *_BENCHES)
+_NEEDS = {
+    **{goal: {**CLOUD, **IMAGE, **_BUILD, "hcloud": "hcloud-cli"} for goal in _WITH_SERVERS},
+    "test": {**CLOUD, **IMAGE, **_BUILD, **_JUDGES},
+}
 _TO_UNPACK = ("docker-registry", "promtool")  # their programs need nothing but libc
 _ONCE_IN = {"promtool": "prometheus"}  # where Debian before 13, and Ubuntu 24.04, have it
 _OLDEST_GO = (1, 21)  # the first that fetches the version that a module asks for
@@ -114,19 +120,19 @@ def go_is_too_old() -> bool:
 
 
 def main(goals: list[str]) -> int:
-    """0 if all is there, or could be had; 1 if a ``demo`` cannot run without what is missing."""
+    """0 if all is there, or could be had; 1 if something is missing without which there is nothing to run."""
     if len(goals) != 1 or goals[0] not in _NEEDS:
         sys.exit(f"error: say what for: {' or '.join(_NEEDS)}")
     [goal] = goals
-    if goal == "demo" and os.geteuid() != 0:
-        print("error: servers are system containers, which only root can start: sudo make demo", file=sys.stderr)
+    if goal in _WITH_SERVERS and os.geteuid() != 0:
+        print(f"error: servers are system containers, which only root can start: sudo make {goal}", file=sys.stderr)
         print("  `make serve` runs the service alone, without root and without a cloud", file=sys.stderr)
         return 1
     missing = find_missing(_NEEDS[goal])
     if not missing:
         return 0
-    # Tests that lack something say by name that they did not run; a demo has nothing to show.
-    code = 1 if goal == "demo" else 0
+    # Tests that lack something say by name that they did not run.
+    code = 1 if goal in _WITH_SERVERS else 0
     unpacked = [each for each in missing if each in _TO_UNPACK]
     installed = [each for each in missing if each not in _TO_UNPACK]
     print(f"Not here, and wanted by `make {goal}`, of Debian's packages:", file=sys.stderr)

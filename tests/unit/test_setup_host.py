@@ -36,7 +36,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     return ran
 
 
-@pytest.mark.parametrize(("goal", "code"), [("test", 0), ("demo", 1)])
+@pytest.mark.parametrize(("goal", "code"), [("test", 0), ("demo", 1), ("bench-image", 1)])
 def test_nothing_is_installed_without_a_yes(
     quiet: list[tuple[str, ...]], capsys: pytest.CaptureFixture[str], goal: str, code: int
 ) -> None:
