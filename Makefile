@@ -12,7 +12,7 @@ export PYTHONDONTWRITEBYTECODE := 1
 GIVE_BACK = ; code=$$?; chown -R $(OWNER): .cache .pytest_cache 2>/dev/null; exit $$code
 endif
 TESTS ?= tests/unit tests/image tests/bake tests/service tests/local_cloud tests/nix
-# Servers that boot wait more than they work, so two files run beside each other; each worker takes the next one in this order.
+# Servers that boot wait more than they work, so three files run beside each other; each worker takes the next one in this order.
 SIDE_BY_SIDE := -n 3 --dist loadfile --no-loadscope-reorder
 # Programs that scripts/setup_host.py unpacked; what is installed comes first.
 export PATH := $(PATH):$(CURDIR)/.cache/debian/usr/bin
