@@ -5,13 +5,14 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 
 ROOT = Path(__file__).resolve().parents[1]
-# All else that begins with a dot is somebody's own: .git, .venv, caches.
-_HIDDEN = {".ci", ".gitignore", ".terraform.lock.hcl"}
+# All other folders, and files at the top, that begin with a dot are somebody's own: .git, .venv, caches.
+_HIDDEN = {".ci", ".gitignore"}
 
 
 def _walk(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.iterdir()):
-        if (path.name.startswith(".") and path.name not in _HIDDEN) or path.name == "__pycache__":
+        own = path.name.startswith(".") and path.name not in _HIDDEN and (path.is_dir() or folder == ROOT)
+        if own or path.name == "__pycache__":
             continue
         if path.is_dir():
             yield from _walk(path)
