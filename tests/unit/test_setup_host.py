@@ -49,16 +49,24 @@ def test_nothing_is_installed_without_a_yes(
     assert f"make {goal} YES=1" in said
 
 
+@pytest.mark.parametrize("goal", setup_host._NEEDS)
+def test_make_asks_for_what_is_missing_first(goal: str) -> None:
+    """A bench that began without a registry ended in a traceback."""
+    recipe = (setup_host.ROOT / "Makefile").read_text().partition(f"\n{goal}:\n")[2]
+    assert recipe.startswith(f"\t@$(PYTHON) scripts/setup_host.py {goal}\n")
+
+
 def test_who_is_not_root_is_told_to_be(
     quiet: list[tuple[str, ...]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Even with a yes."""
     monkeypatch.setenv("YES", "1")
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    assert (setup_host.main(["demo"]), setup_host.main(["test"])) == (1, 0)
+    assert [setup_host.main([goal]) for goal in ("demo", "bench-image", "test")] == [1, 1, 0]
     assert quiet == []
     said = capsys.readouterr().err
     assert "only root can start: sudo make demo\n  `make serve`" in said
+    assert "only root can start: sudo make bench-image\n" in said
     assert "as root: sudo make test" in said
 
 
