@@ -109,6 +109,7 @@ def test_version_names_what_runs(real: Service) -> None:
     """/version tells service, engine, model, digest, quantization and context length."""
     document = real.get("/version").json
     assert document["engine"]["name"] == "gpt4all"
+    assert document["engine"]["threads"] == 1  # on any machine: the starter is tiny
     assert len(document["model"]["sha256"]) == 64
     assert document["model"]["quantization"]
     assert document["model"]["context_length"] >= 512
