@@ -45,7 +45,7 @@ class Figure:
 
     def line(self) -> str:
         mark = {None: "", True: "good", False: "MISSED"}[self.good]
-        return f"  {self.what:38} {self.value:23} {self.goal:7} {mark:7} {self.floor}".rstrip()
+        return f"  {self.what:39} {self.value:23} {self.goal:7} {mark:7} {self.floor}".rstrip()
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,7 @@ def main() -> int:
                 f"{usual_s:.0f} s by the usual way, order too; from a mirror and a registry next door",
             )
         )
-    print(f"{chain}\n  {'figure':38} {'median (span)':23} {'goal':15} floor, physical limit")
+    print(f"{chain}\n  {'figure':39} {'median (span)':23} {'goal':15} floor, physical limit")
     print("\n".join(figure.line() for figure in figures))
     return 0 if all(figure.good is not False for figure in figures) else 1
 
