@@ -110,7 +110,7 @@ class Deployment:
         resolver = self.folder / "resolv.conf"
         resolver.write_text(f"nameserver {self.cloud.name_server}\n")
         with_resolver = 'mount --bind "$0" /etc/resolv.conf && exec "$@"'  # for this one process
-        command = ["unshare", "--mount", "sh", "-c", with_resolver, str(resolver)]
+        command = ["unshare", "--mount", "--propagation", "slave", "sh", "-c", with_resolver, str(resolver)]
         return _run_curl([*command, *_words(self.authority, key, timeout_s), *words], timeout_s)
 
     def node_names(self) -> list[str]:

@@ -21,6 +21,7 @@ import pytest
 from scripts.local_cloud.machine_interface import FirewallRule, MachineFailed, MachineSpec
 from scripts.local_cloud.machines.host import HostUnfit
 from scripts.local_cloud.machines.machines import LocalMachines
+from scripts.local_cloud.machines.pool import Pool
 from tests.local_cloud.harness import free_addresses, traces
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -330,6 +331,27 @@ def test_a_stop_leaves_disks_and_nothing_else(host: None, tmp_path: Path, addres
     assert traces(state) == {}
     assert not state.exists()
     assert host_settings() == before
+
+
+def test_the_pool_goes_though_others_have_its_mounts(host: None, tmp_path: Path) -> None:
+    """A container of another cloud, begun meanwhile, has a copy of all of the mounts; the pool's goes there too."""
+    pool = Pool(tmp_path / "state", print)
+    (tmp_path / "state").mkdir()
+    with ExitStack() as others:
+        try:
+            for _ in range(2):  # new, and there already
+                pool.open()
+                cage = ("unshare", "--mount", "--propagation", "slave")
+                other = others.enter_context(subprocess.Popen([*cage, "cat"], stdin=subprocess.PIPE))
+                others.callback(other.kill)
+                give_up_s = time.monotonic() + 5.0
+                while Path(f"/proc/{other.pid}/comm").read_text() != "cat\n":
+                    assert time.monotonic() < give_up_s
+                    time.sleep(0.01)
+                pool.close()
+                assert traces(tmp_path / "state") == {}
+        finally:
+            pool.close()
 
 
 def test_a_killed_cloud_is_swept(host: None, tmp_path: Path, addresses: str) -> None:

@@ -73,7 +73,7 @@ def obtain_nix(work: Path) -> Nix:
             draft = cache / f"{root.name}.draft"
             shutil.rmtree(draft, ignore_errors=True)
             unpack = [
-                *("unshare", "--mount"),  # so that its mounts go with it when it is killed
+                *("unshare", "--mount", "--propagation", "slave"),  # so that its mounts go with it when it is killed
                 *("mmdebstrap", "--quiet", "--mode=root", "--variant=extract", f"--include={_PACKAGE}"),
                 *(_SUITE, str(draft), *sources),
             ]

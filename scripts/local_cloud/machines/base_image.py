@@ -112,7 +112,7 @@ def _build(tar: Path, mirror: Mirror, lock: int) -> None:
     run(
         [
             # Its mounts go with its namespace when it is killed: nothing that sweeps up may walk into the host's /sys.
-            *("unshare", "--mount", "env", f"TMPDIR={workplace}"),
+            *("unshare", "--mount", "--propagation", "slave", "env", f"TMPDIR={workplace}"),
             "mmdebstrap",
             "--mode=root",
             "--variant=minbase",

@@ -15,6 +15,7 @@ _STEP = 4 * GIB
 _LOW = 2 * GIB  # a server can write a GiB before the watcher looks again
 _HOST_RESERVE = 2 * GIB  # for the host's own work, and for the pools of others
 _MOUNT_OPTIONS = "loop,noatime,nodiscard"  # a discarded block is a hole in the file
+_MOUNTS = 2  # the place and, over it, the file
 _COPY_TIMEOUT_S = 1800.0
 _BUSY_TIMEOUT_S = 3.0
 
@@ -56,9 +57,10 @@ class Pool:
         self._copy_on_write = self._file.exists() or (not any(self.root.iterdir()) and self._make_file())
         if self._copy_on_write:
             check_pool_tools()
-            if not is_mounted(self.root):
+            if _mounts_at(self.root) != _MOUNTS:  # 0 or, if a kill came between the two, 1
+                self.close()
                 allocate(self._file, self._file.stat().st_size)  # a kill may have come while it grew
-                run(["mount", "-t", "btrfs", "-o", _MOUNT_OPTIONS, self._file, self.root])
+                self._mount(self._file)
             run(["btrfs", "filesystem", "resize", "max", self.root])  # a kill may have come between the two steps
         # A program that root of a server gave to everybody (setuid) must not be within reach of this host's users.
         self.root.chmod(0o700)
@@ -78,7 +80,8 @@ class Pool:
                     raise
                 time.sleep(0.05)
         give_up_s = time.monotonic() + _BUSY_TIMEOUT_S
-        # The kernel lets the device go when nobody looks at it any more, as udev does at the changes of each.
+        # The kernel lets the device go when nobody looks at it any more, as udev does at the changes of each, and what
+        # has a private copy of this host's mounts keeps it for as long as it runs.
         while self._file.exists() and self._loop_devices() and time.monotonic() < give_up_s:
             time.sleep(0.05)
 
@@ -180,9 +183,10 @@ class Pool:
             allocate(unfinished, min(_FIRST_SIZE, max(GIB, free_bytes(self._file.parent) - _HOST_RESERVE)))
             # Its content is on this one disk anyway: a second copy of the metadata would only double the writes.
             run(["mkfs.btrfs", "--quiet", "--nodiscard", "--metadata", "single", "--data", "single", unfinished])
-            run(["mount", "-t", "btrfs", "-o", _MOUNT_OPTIONS, unfinished, self.root])
-            run(["umount", self.root])
+            self._mount(unfinished)
+            self.close()
         except MachineFailed as error:
+            self.close()
             unfinished.unlink()
             if isinstance(error, PoolFull):
                 raise
@@ -190,6 +194,14 @@ class Pool:
             return False
         unfinished.rename(self._file)
         return True
+
+    def _mount(self, file: Path) -> None:
+        # Whatever gets mounts of its own while the pool is there (a container, ``ip netns exec``) takes the pool along
+        # and would keep its loop device until its own end. An unmounting reaches it there if the place is shared, which
+        # this host's / need not be; so the place is made a mount too.
+        run(["mount", "--bind", "--make-private", self.root, self.root])
+        run(["mount", "--make-shared", self.root])
+        run(["mount", "-t", "btrfs", "-o", _MOUNT_OPTIONS, file, self.root])
 
     def _make_directory(self, name: str) -> None:
         if self._copy_on_write:
@@ -228,7 +240,11 @@ def free_bytes(path: Path) -> int:
 
 def is_mounted(path: Path) -> bool:
     """Tells whether a file system is mounted at exactly this directory."""
-    return str(path.resolve()) in mount_points(Path("/proc/self/mountinfo").read_text())
+    return _mounts_at(path) > 0
+
+
+def _mounts_at(path: Path) -> int:
+    return mount_points(Path("/proc/self/mountinfo").read_text()).count(str(path.resolve()))
 
 
 def mount_points(mountinfo: str) -> list[str]:
