@@ -44,8 +44,8 @@ help:
 	@echo "make test    run every test;  make unit  only the fast ones"
 	@echo "make test-faults  the whole fault plan of a bake, an hour or two (root; FAULTS= adds options)"
 	@echo "make test-launch-faults  the whole fault plan of an apply, a quarter of an hour (root, Terraform; FAULTS= adds options)"
-	@echo "make bench   measure, as ratios in one run;  make bench-cloud, bench-image, bench-bake, bench-rollout  of cloud, node, bake, rollout (root)"
-	@echo "make bench-servers  measure beside llama-server and Ollama, which are built once (Go, a C++ compiler; BENCH= adds options)"
+	@echo "make bench   measure, as ratios in one run;  make bench-cloud, bench-image, bench-bake, bench-rollout  of cloud, node, bake, rollout (root); BENCH=--help tells options"
+	@echo "make bench-servers  measure beside llama-server and Ollama, which are built once (Go, a C++ compiler)"
 	@echo "make pictures  the README's drawings and screenshots anew (root; PICTURES=drawings those alone)"
 	@echo "make train   train the starter model again (up to an hour)"
 	@echo "make lint    check style and types;  make audit  known weaknesses of pinned packages"
@@ -97,7 +97,7 @@ test-launch-faults:
 
 bench:
 	@$(SET_UP) $(TEST_REQUIREMENTS)
-	@$(VENV_PYTHON) -m tests.bench
+	@$(VENV_PYTHON) -m tests.bench $(BENCH)
 
 bench-servers:
 	@$(SET_UP) $(TEST_REQUIREMENTS)
@@ -107,22 +107,22 @@ bench-servers:
 bench-cloud:
 	@$(PYTHON) scripts/setup_host.py bench-cloud
 	@$(SET_UP) $(TEST_REQUIREMENTS)
-	@$(VENV_PYTHON) -m tests.bench.cloud
+	@$(VENV_PYTHON) -m tests.bench.cloud $(BENCH)
 
 bench-image:
 	@$(PYTHON) scripts/setup_host.py bench-image
 	@$(SET_UP) $(TEST_REQUIREMENTS)
-	@$(VENV_PYTHON) -m tests.bench.image
+	@$(VENV_PYTHON) -m tests.bench.image $(BENCH)
 
 bench-bake:
 	@$(PYTHON) scripts/setup_host.py bench-bake
 	@$(SET_UP) $(TEST_REQUIREMENTS)
-	@$(VENV_PYTHON) -m tests.bench.bake
+	@$(VENV_PYTHON) -m tests.bench.bake $(BENCH)
 
 bench-rollout:
 	@$(PYTHON) scripts/setup_host.py bench-rollout
 	@$(SET_UP) $(TEST_REQUIREMENTS)
-	@$(VENV_PYTHON) -m tests.bench.rollout
+	@$(VENV_PYTHON) -m tests.bench.rollout $(BENCH)
 
 pictures:
 	@$(SET_UP) $(TEST_REQUIREMENTS)

@@ -1,7 +1,8 @@
 """Owns which commands README.md and OPERATING.md tell a reader to type, and which test runs each of them.
 
 A value is a test as ``path::name``, which runs that program with that verb and these options, or ``by hand: `` and the
-reason why no test does. Where tests have files and addresses of their own, their places and ports differ.
+reason why no test does. Where tests have files and addresses of their own, their places and ports differ; what takes
+long is told by options of its own to do each thing once, or a part.
 """
 
 import re
@@ -17,7 +18,8 @@ _BAKE_VERBS = "tests/unit/bake/test_command.py::"
 _LAUNCH = "tests/image/test_launch.py::"
 _VIEWS = "tests/image/test_views.py::"
 _CLIENTS = "tests/local_cloud/test_clients.py::"
-_MEASURES = f"{BY_HAND}it measures for minutes to an hour, and its figures are for people"
+_FETCHED = "tests/image/test_model_fetched.py::"
+_NIX = f"{BY_HAND}nixpkgs is too large to be had here; tests/nix"
 
 COMMANDS = {
     "sudo make demo": "tests/image/test_demo.py::test_the_demo",
@@ -40,14 +42,11 @@ COMMANDS = {
     "python -m service serve": "tests/service/test_serve.py::test_printed_curl_line_works_as_printed",
     "gunicorn -c service/gunicorn.conf.py": f"{_NEWCOMER}test_running_it_by_hand",
     "python -m service drain": f"{_NEWCOMER}test_running_it_by_hand",
-    "nix run .#serve": f"{BY_HAND}nixpkgs is too large to be had here; tests/nix evaluate it and run its script",
-    "nix develop": f"{BY_HAND}nixpkgs is too large to be had here; tests/nix evaluate it",
+    "nix run .#serve": f"{_NIX} evaluate it and run its script",
+    "nix develop": f"{_NIX} evaluate it",
     # The local cloud
     "sudo apt-get install --no-install-recommends systemd-container mmdebstrap arch-test debian-archive-keyring "
-    "btrfs-progs nftables iproute2 openssh-client hcloud-cli": (
-        f"{BY_HAND}it changes the host; scripts/setup_host.py installs the same for make test, and "
-        "tests/unit/test_commands.py holds the names against it"
-    ),
+    "btrfs-progs nftables iproute2 openssh-client hcloud-cli": (f"{_CLIENTS}test_what_the_readme_installs"),
     "sudo make cloud": f"{_CLIENTS}test_export_lines_are_the_ones_that_hold",
     "sudo make cloud CLOUD=--old-clients": f"{_CLIENTS}test_packer_bakes_a_snapshot_that_boots",
     "sudo make cloud-clean": "tests/local_cloud/test_life.py::test_a_start_that_is_interrupted_leaves_nothing",
@@ -62,9 +61,7 @@ COMMANDS = {
     "-o UserKnownHostsFile=./cloud_hosts root@$(hcloud server ip web-1)": f"{_CLIENTS}test_the_lines_of_the_readme",
     # Baking
     "export HCLOUD_TOKEN=…": f"{_BAKE}test_from_nothing_to_promoted",
-    'make bake BAKE="--model llama-3-8b-instruct"': (
-        f"{BY_HAND}a server fetches 4.66 GB from a model hub; with the starter model tests/image/test_bake.py runs it"
-    ),
+    'make bake BAKE="--model llama-3-8b-instruct"': f"{_FETCHED}test_make_bake",
     "make bake": f"{_BAKE}test_from_nothing_to_promoted",
     ".venv/bin/python scripts/bake.py VERB": f"{_BAKE}test_from_nothing_to_promoted",
     "build --promote": f"{_BAKE}test_from_nothing_to_promoted",
@@ -80,9 +77,9 @@ COMMANDS = {
     "bake.py sweep": f"{_BAKE}test_the_cloud_says_no_to_the_probe",
     "bake.py pins": f"{_BAKE_VERBS}test_pins_of_this_tree",
     "bake.py cost": f"{_BAKE_VERBS}test_cost_counts_snapshots_and_the_servers_that_run_them",
-    "packer init image": f"{BY_HAND}it fetches the plugin from GitHub; tests install the one that they have built",
+    "packer init image": "tests/image/test_packer_init.py::test_the_plugin_is_fetched",
     "packer build -var image_version=1 -var model=llama-3-8b-instruct -var server_type=cx43 image": (
-        f"{BY_HAND}a server fetches 4.66 GB from a model hub; with the starter model tests/image/harness.py runs it"
+        f"{_FETCHED}test_packer_alone"
     ),
     # Launching
     "cp terraform/examples/llm.tfvars terraform/terraform.tfvars": f"{_NEWCOMER}test_a_deployment_begins",
@@ -114,17 +111,17 @@ COMMANDS = {
         "tests/image/test_rollout.py::test_rollouts_under_load"
     ),
     # Tests and measurements
-    "make test": f"{BY_HAND}it is the run of all tests; .ci/run is nothing else",
-    "make unit": f"{BY_HAND}it is a part of make test",
-    "make test-faults": f"{BY_HAND}an hour or two; tests/bake/test_fault_plan.py runs some of its cases",
-    "make test-launch-faults": f"{BY_HAND}a quarter of an hour; tests/bake/test_launch_faults.py runs a part",
-    "make bench": _MEASURES,
-    "make bench-servers": _MEASURES,
-    "sudo make bench-cloud": _MEASURES,
-    "sudo make bench-image": _MEASURES,
-    "sudo make bench-bake": _MEASURES,
-    "sudo make bench-rollout": _MEASURES,
-    "sudo make pictures": f"{BY_HAND}its screenshots are for eyes; tests/unit/test_pictures.py makes its drawings",
+    "make test": "tests/service/test_make.py::test_make_test",
+    "make unit": "tests/service/test_make.py::test_make_unit",
+    "make test-faults": "tests/bake/test_fault_plan.py::test_the_command",
+    "make test-launch-faults": "tests/bake/test_launch_faults.py::test_the_command",
+    "make bench": "tests/service/test_benches.py::test_one_round",
+    "make bench-servers": "tests/service/test_benches.py::test_one_life_of_the_server",
+    "sudo make bench-cloud": "tests/local_cloud/test_bench_cloud.py::test_one_round",
+    "sudo make bench-image": "tests/image/test_bench_image.py::test_one_round",
+    "sudo make bench-bake": "tests/image/test_bench_bake.py::test_a_bake_and_what_is_spared",
+    "sudo make bench-rollout": "tests/image/test_bench_rollout.py::test_where_the_time_goes",
+    "sudo make pictures": "tests/local_cloud/test_pictures.py::test_all_of_them",
 }
 
 # What commands in the text begin with; words alone after them are files or programs.
@@ -176,3 +173,10 @@ def list_commands(text: str) -> list[str]:
     for cell in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE):
         found += [f"bake.py {verb}" for verb in re.findall(r"`([^`]+)`", cell)]
     return list(dict.fromkeys(command for command in found if not command.endswith(" …")))
+
+
+def find_command(begins: str) -> str:
+    """The command of the README that is this, or the one that begins so."""
+    every = list_commands((ROOT / "README.md").read_text())
+    [found] = [begins] if begins in every else [each for each in every if each.startswith(begins)]
+    return found

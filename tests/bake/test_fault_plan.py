@@ -6,9 +6,9 @@ import pytest
 
 from tests.bake.fault_plan import Clean, list_cases, run_case
 from tests.bake.harness import Bench
+from tests.typed import type_command
 
 SAMPLE = (
-    "passing: 503 unavailable, call 1",
     "passing: lost_answer, call 1",
     "passing: 412 resource_unavailable, call 1",
     "passing: action_failed create_image, call 2",
@@ -30,3 +30,10 @@ def test_a_case_of_the_plan(bench: Bench, clean: Clean, name: str) -> None:
     outcome = run_case(found[0], bench)
     print(f"{found[0].name}: {outcome.took_s:.1f} s, {outcome.left} left")
     assert not outcome.wrong, "\n".join(outcome.wrong)
+
+
+def test_the_command(host: None) -> None:
+    """As it is typed, with an option that leaves one case."""
+    said = type_command("make test-faults FAULTS=\"--jobs 1 --only '503 unavailable, call 1$'\"", 300)
+    assert "1/1 ok passing: 503 unavailable, call 1 " in said
+    assert "1 cases, 0 failed, 0 resources left" in said

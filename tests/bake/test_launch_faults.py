@@ -8,10 +8,10 @@ import pytest
 from tests.absent import did_not_run
 from tests.bake.harness import Bench
 from tests.bake.launch_fault_plan import Clean, Stage, list_cases, record, running_stage
+from tests.typed import type_command
 
 SAMPLE = (
     "passing: 409 conflict, POST /v1/floating_ips/*/actions/assign",
-    "passing: 502 bad_gateway, POST /v1/servers",
     "passing: 429 rate_limit_exceeded, GET /v1/servers/*",
     "fatal: 403 forbidden, POST /v1/servers",
     "fatal: 403 forbidden, POST /v1/floating_ips/*/actions/assign",
@@ -48,3 +48,10 @@ def test_a_case_of_the_plan(stage: Stage, quiet: Clean, name: str) -> None:
     assert len(found) == 1, [f"{case.group}: {case.name}" for case in list_cases(quiet)]
     wrong = found[0].run(stage)
     assert not wrong, "\n".join(wrong)
+
+
+def test_the_command(stage: Stage) -> None:
+    """As it is typed, with an option that leaves one case; another stage is there, so that this can be."""
+    said = type_command("make test-launch-faults FAULTS=\"--only '502 bad_gateway, POST /v1/servers$'\"", 300)
+    assert "passing: 502 bad_gateway, POST /v1/servers: good " in said
+    assert "1 cases, 0 failed; " in said

@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy
 
 from service.engine import host
-from tests.bench.model import half_billion, prompt_of
+from tests.bench.model import MODELS, prompt_of, threads_of
+from tests.bench.options import make_parser
 from tests.service.harness import FAKE, ROOT, Service, free_port, running_service, service_environment
 
 ROUNDS = 12
@@ -138,7 +139,8 @@ class Peer:
         self.process.stdin.write(json.dumps({"prompt": prompt, "max_tokens": ANSWER_TOKENS}) + "\n")
         self.process.stdin.flush()
         answer = json.loads(self.process.stdout.readline())
-        assert answer["tokens"] == ANSWER_TOKENS, answer
+        # gpt4all tells of no token that ends within a letter, so it may have made a few more than it counts.
+        assert 0.9 * ANSWER_TOKENS < answer["tokens"] <= ANSWER_TOKENS, answer
         return ANSWER_TOKENS / float(answer["seconds"])
 
     def close(self) -> None:
@@ -175,10 +177,10 @@ def fastapi_server(environment: dict[str, str]) -> Iterator[int]:
             process.kill()
 
 
-def measure_start() -> Figure:
+def measure_start(rounds: int) -> Figure:
     """From the command to the last byte of the first answer, with everything set up: the starter model."""
     seconds = []
-    for _ in range(5):
+    for _ in range(rounds):
         with tempfile.TemporaryDirectory() as folder:
             port = free_port()
             command = [sys.executable, "-m", "service", "serve"]
@@ -206,7 +208,7 @@ def measure_start() -> Figure:
     return Figure("later start: from the command to a first token", f"{median_s:.1f} s", "≤ 3 s", median_s <= 3)
 
 
-def measure_stack() -> Iterator[Figure]:
+def measure_stack(rounds: int) -> Iterator[Figure]:
     """(a), (c): what the stack adds, beside FastAPI with the same core, and the web process's memory.
 
     Authentication, all limits of key and address, and the audit log are on; FastAPI has limits and nothing else of it.
@@ -223,7 +225,7 @@ def measure_stack() -> Iterator[Figure]:
         with echo_server() as echo_port:
             times_s(service.port, request, 300)
             whole_ms, bare_ms = [], []
-            for _ in range(5):
+            for _ in range(rounds):
                 whole_ms.append(median_ms(times_s(service.port, request, 500)))
                 bare_ms.append(median_ms(times_s(echo_port, request, 500)))
         whole, bare = statistics.median(whole_ms), statistics.median(bare_ms)
@@ -234,7 +236,8 @@ def measure_stack() -> Iterator[Figure]:
         with fastapi_server(environment) as port:
             other = raw_request(port, "say x")
             times_s(port, other, 300)
-            pairs = [(requests_per_s(service.port, request), requests_per_s(port, other)) for _ in range(3)]
+            both = ((service.port, request), (port, other))
+            pairs = [[requests_per_s(*each) for each in both] for _ in range(min(3, rounds))]
         ours, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
         ratio = statistics.median(a / b for a, b in pairs)
         text = f"{ratio:.2f} ({ours:.0f} to {theirs:.0f} requests/s)"
@@ -243,8 +246,8 @@ def measure_stack() -> Iterator[Figure]:
         yield Figure("web process, resident", f"{resident_mb:.0f} MB", "≤ 60 MB", resident_mb <= 60)
 
 
-def measure_health(service: Service) -> Figure:
-    """(a): /health while a generation runs."""
+def measure_health(service: Service, model: str, duration_s: float) -> Figure:
+    """(a): /health while a generation of this model runs."""
     stop = threading.Event()
 
     def generate() -> None:
@@ -256,14 +259,14 @@ def measure_health(service: Service) -> Figure:
     time.sleep(0.5)
     request = f"GET /health HTTP/1.1\r\nHost: 127.0.0.1:{service.port}\r\n\r\n".encode()
     seconds = []
-    end_s = time.monotonic() + 15
+    end_s = time.monotonic() + duration_s
     while time.monotonic() < end_s:
         seconds += times_s(service.port, request, 10)
         time.sleep(0.02)
     stop.set()
     thread.join()
     p99_ms = percentile_ms(seconds, 0.99)
-    return Figure("/health while a 0.5B generates, p99", f"{p99_ms:.1f} ms", "≤ 20 ms", p99_ms <= 20)
+    return Figure(f"/health while {model} generates, p99", f"{p99_ms:.1f} ms", "≤ 20 ms", p99_ms <= 20)
 
 
 def read_bandwidth_gb_per_s() -> float:
@@ -285,9 +288,8 @@ def read_bandwidth_gb_per_s() -> float:
     return part.nbytes / best_s / 1e9
 
 
-def measure_engine() -> Iterator[Figure]:
+def measure_engine(model: Path, rounds: int) -> Iterator[Figure]:
     """(b): tokens a second through HTTP over the bare adapter, and over gpt4all's own generate()."""
-    model = half_billion(ROOT / ".cache" / "bench")
     weights_gb = model.stat().st_size / 1e9
     prompt = prompt_of(PROMPT_LETTERS)
     with running_service(model=model) as service:
@@ -305,7 +307,7 @@ def measure_engine() -> Iterator[Figure]:
         }
         seen: dict[str, list[float]] = {name: [] for name in runs}
         names = list(runs)
-        for number in range(ROUNDS + 1):
+        for number in range(rounds + 1):
             names = [*names[1:], names[0]]  # nobody is always first
             for name in names:
                 value = runs[name]()
@@ -323,13 +325,20 @@ def measure_engine() -> Iterator[Figure]:
         limit = read_bandwidth_gb_per_s() / weights_gb
         share = f"{decode:.1f} of {limit:.0f} tokens/s ({decode / limit:.0%})"
         yield Figure("decode against the memory's limit", share, "as found", None)
-        yield measure_health(service)
+        yield measure_health(service, model.stem, min(15.0, 3.0 * rounds))
 
 
 def main() -> int:
-    print(f"{os.cpu_count()} CPUs, engine with {host.threads_here()} threads; medians of one run, baselines alternated")
+    options = make_parser("tests.bench", __doc__, rounds=ROUNDS, model="half-billion").parse_args()
+    model = MODELS[options.model](ROOT / ".cache" / "bench")
+    print(f"{os.cpu_count()} CPUs, {model.stem} with {threads_of(model)} threads; medians, baselines alternated")
     figures: list[Figure] = []
-    for measure in (lambda: [measure_start()], measure_stack, measure_engine):
+    few = min(5, options.rounds)
+    for measure in (
+        lambda: [measure_start(few)],
+        lambda: measure_stack(few),
+        lambda: measure_engine(model, options.rounds),
+    ):
         for figure in measure():
             figures.append(figure)
             mark = {True: "good", False: "MISSED", None: ""}[figure.good]

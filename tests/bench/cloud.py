@@ -10,6 +10,7 @@ from hcloud.images import Image
 from hcloud.server_types import ServerType
 from hcloud.servers import BoundServer
 
+from tests.bench.options import make_parser
 from tests.local_cloud.harness import address_of, make_key, running_cloud, ssh, wait_until_off
 
 ROUNDS = 5
@@ -18,6 +19,7 @@ GOALS_S = {"create to SSH": 5.0, "power-off and snapshot": 3.0, "snapshot to SSH
 
 
 def main() -> int:
+    rounds = make_parser("tests.bench.cloud", __doc__, rounds=ROUNDS).parse_args().rounds
     seen: dict[str, list[float]] = {name: [] for name in GOALS_S}
     with tempfile.TemporaryDirectory() as folder, running_cloud(Path(folder)) as cloud:
         client, key = cloud.client(), make_key(Path(folder))
@@ -29,7 +31,7 @@ def main() -> int:
             ssh(key, address_of(made.server), "true")
             return time.monotonic() - begun_s, made.server
 
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             took_s, server = boot(DEBIAN)
             seen["create to SSH"].append(took_s)
             begun_s = time.monotonic()

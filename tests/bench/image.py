@@ -17,8 +17,10 @@ from hcloud.ssh_keys import BoundSSHKey
 from scripts.local_cloud.machines.network import tag_of, transfer_addresses
 from tests.bench.by_hand import usual_way
 from tests.bench.model import billion
+from tests.bench.options import make_parser
 from tests.image.acme import running_acme_server
 from tests.image.harness import DOMAIN, ROOT, Node, bake, node, stand_in_registry
+from tests.image.kept import kept_image
 from tests.local_cloud.harness import LocalCloud, cut_off, make_key, running_cloud, wait_until_off
 
 ROUNDS, FRESH_ROUNDS = 5, 3
@@ -98,17 +100,17 @@ def power_on_s(
     return times_s
 
 
-def created_s(bench: Bench, image: BoundImage) -> list[float]:
+def created_s(bench: Bench, image: BoundImage, rounds: int) -> list[float]:
     """Seconds from the call that creates a node, its certificate among its facts."""
     times_s = []
-    for _ in range(FRESH_ROUNDS):
+    for _ in range(rounds):
         begun_s = time.monotonic()
         with node(bench.client, image, bench.known, bench.key) as own:
             times_s.append(first_token_s(own, begun_s))
     return times_s
 
 
-def ordered_s(bench: Bench, image: BoundImage, folder: Path) -> tuple[list[float], int]:
+def ordered_s(bench: Bench, image: BoundImage, folder: Path, rounds: int) -> tuple[list[float], int]:
     """The same with a certificate that each node orders, verified by Pebble's root; and how many orders failed."""
     host, _ = transfer_addresses(tag_of(bench.cloud.state))
     times_s = []
@@ -116,7 +118,7 @@ def ordered_s(bench: Bench, image: BoundImage, folder: Path) -> tuple[list[float
         root = folder / "root.pem"
         server.write_root(root)
         acme = {"email": "a@example.org", "server": server.directory, "authority": server.authority.read_text()}
-        for _ in range(FRESH_ROUNDS):
+        for _ in range(rounds):
             begun_s = time.monotonic()
             with node(bench.client, image, bench.known, bench.key, acme=acme) as own:
                 for name in (DOMAIN, f"monitoring.{DOMAIN}"):
@@ -153,11 +155,11 @@ def read_s(path: Path) -> float:
     return time.monotonic() - begun_s
 
 
-def measure_starter(bench: Bench, image: BoundImage) -> tuple[list[Figure], str]:
+def measure_starter(bench: Bench, image: BoundImage, rounds: int) -> tuple[list[Figure], str]:
     """Power-on of one node, the floor under it, and the critical chain of its last boot."""
     with node(bench.client, image, bench.known, bench.key) as own:
         own.wait_ready()
-        times_s = power_on_s(bench, own, ROUNDS, first_token_s, lambda: None)
+        times_s = power_on_s(bench, own, rounds, first_token_s, lambda: None)
         own.run("systemctl is-system-running --wait || true")  # before that there is no chain
         chain = own.run("systemd-analyze critical-chain --no-pager mini-llm-stack.service mini-llm.service")
         # The same disk with nothing of ours at boot; the smallest web server at hand is Traefik without a word to say.
@@ -165,12 +167,12 @@ def measure_starter(bench: Bench, image: BoundImage) -> tuple[list[Figure], str]
             f"systemctl disable --quiet {OWN_UNITS}; docker rm -f $(docker ps -aq); "
             "docker run -d --restart always --network host mini-llm/traefik:baked --entrypoints.web.address=:80; sync"
         )
-        floor_s = power_on_s(bench, own, FRESH_ROUNDS, any_answer_s, lambda: None)
+        floor_s = power_on_s(bench, own, min(FRESH_ROUNDS, rounds), any_answer_s, lambda: None)
     floor = f"{statistics.median(floor_s):.1f} s until an idle Traefik in Docker answers"
     return [seconds("power-on to first token", times_s, floor, POWER_ON_GOAL_S)], chain
 
 
-def measure_large(bench: Bench, image: BoundImage, name: str) -> list[Figure]:
+def measure_large(bench: Bench, image: BoundImage, name: str, rounds: int) -> list[Figure]:
     """Power-on with a model of real shape, in the page cache and not in it, beside the reading of its bytes.
 
     A fresh node has hashed the file once; at later starts it is known by its stamp.
@@ -189,9 +191,9 @@ def measure_large(bench: Bench, image: BoundImage, name: str) -> list[Figure]:
 
         for state, before in (("cold", make_cold), ("warm", lambda: floors_s.append(read_s(model)))):
             floors_s.clear()
-            times_s = power_on_s(bench, own, FRESH_ROUNDS, first_token_s, before)
+            times_s = power_on_s(bench, own, rounds, first_token_s, before)
             # The engine may have kept some of it by now, so this is no more than a hint at what the first one computed.
-            asked_s = statistics.median(first_token_s(own, time.monotonic()) for _ in range(FRESH_ROUNDS))
+            asked_s = statistics.median(first_token_s(own, time.monotonic()) for _ in range(rounds))
             floor_s = statistics.median(floors_s)
             floor = f"{floor_s:.1f} s to read it at {size_mb / floor_s:.0f} MB/s, {asked_s:.1f} s when asked again"
             figures.append(seconds(f"power-on to first token, {size_mb:.0f} MB {state}", times_s, floor))
@@ -199,6 +201,8 @@ def measure_large(bench: Bench, image: BoundImage, name: str) -> list[Figure]:
 
 
 def main() -> int:
+    options = make_parser("tests.bench.image", __doc__, rounds=ROUNDS, parts=["large"]).parse_args()
+    fresh_rounds = min(FRESH_ROUNDS, options.rounds)
     with ExitStack() as ends:
         folder = Path(ends.enter_context(tempfile.TemporaryDirectory()))
         for name in ("starter", "large", "acme", "by-hand"):
@@ -208,21 +212,18 @@ def main() -> int:
         client, key = cloud.client(), make_key(folder)
         bench = Bench(cloud, client, client.ssh_keys.create("bench", key.with_suffix(".pub").read_text()), key)
 
-        begun_s = time.monotonic()
-        image = bake(cloud, folder / "starter", image_version="bench")
-        print(f"  a bake from nothing: {time.monotonic() - begun_s:.0f} s, {image.image_size:.2f} GB", flush=True)
-        large_file = billion(ROOT / ".cache" / "bench")
-        large = bake(
-            cloud, folder / "large", image_version="bench-large", model="random-1b", model_file=str(large_file)
-        )
+        image = kept_image(cloud, folder / "starter", "test-1", "starter")
+        if with_large := "large" not in options.without:
+            file = billion(ROOT / ".cache" / "bench")
+            large = bake(cloud, folder / "large", image_version="bench-large", model="random-1b", model_file=str(file))
         steps_s = by_hand_s(bench, folder / "by-hand")
         told = ", ".join(f"{name} {took_s:.1f}" for name, took_s in steps_s.items())
         print(f"  the usual way, in seconds: {told}", flush=True)
-        order_s, failed = ordered_s(bench, image, folder / "acme")
+        order_s, failed = ordered_s(bench, image, folder / "acme", fresh_rounds)
 
         cut_off(cloud, "*")  # from here on nobody reaches the outside
-        create_s = created_s(bench, image)
-        starter, chain = measure_starter(bench, image)
+        create_s = created_s(bench, image, fresh_rounds)
+        starter, chain = measure_starter(bench, image, options.rounds)
         figures = [
             *starter,
             seconds("create to first token", create_s, "a first boot: identity, keys, cloud-init anew"),
@@ -232,7 +233,7 @@ def main() -> int:
                 f"{statistics.median(create_s):.1f} s without an order; {failed} orders failed",
                 ORDER_GOAL_S,
             ),
-            *measure_large(bench, large, large_file.name),
+            *(measure_large(bench, large, file.name, fresh_rounds) if with_large else []),
         ]
         usual_s = sum(steps_s.values())
         ratio = usual_s / statistics.median(order_s)

@@ -1,11 +1,13 @@
-"""Owns the models that are measured: random weights in the shapes of a 0.5B and a 1B, made once, kept in .cache."""
+"""Owns the models that are measured: random weights, in the shapes of a 0.5B and a 1B or smaller, made once, kept."""
 
+import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
 
+from service.engine import gguf, host
 from tests.gguf_writer import ARRAY, FLOAT32, INT32, STRING, UINT32, Array, Field, Gguf, Tensor, byte_texts
 
 CONTEXT_LENGTH = 4096
@@ -55,11 +57,21 @@ def talkative(folder: Path) -> Path:
     return _made(TALKATIVE, folder)
 
 
+# What a bench may be told to take.
+MODELS = {"half-billion": half_billion, "billion": billion, "talkative": talkative}
+
+
+def threads_of(model: Path) -> int:
+    """As many as the service gives this model on this machine."""
+    with model.open("rb") as file:
+        return host.threads_for(gguf.read_header(file).weights_bytes)
+
+
 def _made(shape: Shape, folder: Path) -> Path:
     path = folder / f"{shape.name.replace(' ', '-')}-q4_0.gguf"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
         temporary.write_bytes(_build(shape).to_bytes())
         temporary.replace(path)
     return path

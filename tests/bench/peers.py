@@ -27,7 +27,7 @@ def adapter(model: str) -> None:
 
     with Path(model).open("rb") as file:
         header = gguf.read_header(file)
-    threads = host.threads_here()
+    threads = host.threads_for(header.weights_bytes)
     engine = gpt4all_adapter.load(ModelSpec(model, "x", "0" * 64, header, header.context_length, threads))
 
     def run(prompt: str, max_tokens: int) -> int:
@@ -51,7 +51,7 @@ def gpt4all(model: str) -> None:
         path.name,
         model_path=str(path.parent),
         allow_download=False,
-        n_threads=host.threads_here(),
+        n_threads=host.threads_for(header.weights_bytes),
         n_ctx=header.context_length,
         device="cpu",
         verbose=False,

@@ -19,8 +19,10 @@ from scripts.bake.answers import given
 from scripts.handover_key import make_pair
 from scripts.local_cloud.machines.network import tag_of, transfer_addresses
 from tests.bench.model import talkative
+from tests.bench.options import make_parser
 from tests.image.acme import running_acme_server
-from tests.image.harness import DOMAIN, ROOT, bake
+from tests.image.harness import DOMAIN, ROOT
+from tests.image.kept import kept_image
 from tests.image.launch import KEYS, api_key
 from tests.image.launch_by_api import ApiDeployment, Rollout, api_deployment
 from tests.image.load import Load, Way
@@ -73,12 +75,13 @@ def lines(without: Rollout, loaded: Rollout, boots: list[dict[str, float]], answ
 
 def main() -> int:
     """Measures both; exit code 1 if a request failed, which would make the times worthless."""
+    make_parser("tests.bench.rollout", __doc__).parse_args()
     with tempfile.TemporaryDirectory() as name, ExitStack() as ends:
         folder = Path(name)
         arguments = ("--old-clients", "--requests-per-hour", "100000")
         cloud = ends.enter_context(running_cloud(folder, *arguments))
         model = talkative(ROOT / ".cache" / "bench")
-        image = bake(cloud, folder, image_version="bench-rollout", model="talkative", model_file=str(model))
+        image = kept_image(cloud, folder, "test-2", "talkative", model)
         host, _ = transfer_addresses(tag_of(cloud.state))
         server = ends.enter_context(running_acme_server(folder, host))
         root, key = folder / "root.pem", make_key(folder)

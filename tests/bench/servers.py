@@ -4,7 +4,6 @@ Each server is started alone, measured from its start to its end, and the next o
 another one, and ratios are of one round each.
 """
 
-import argparse
 import hashlib
 import http.client
 import json
@@ -25,9 +24,9 @@ from typing import Any
 
 import psutil
 
-from service.engine import host
 from tests.bench.__main__ import ANSWER_TOKENS, read_bandwidth_gb_per_s
-from tests.bench.model import CONTEXT_LENGTH, billion, half_billion
+from tests.bench.model import CONTEXT_LENGTH, MODELS, threads_of
+from tests.bench.options import make_parser
 from tests.bench.peer_builds import llama_cpp_build, obtain_llama_server, obtain_ollama
 from tests.programs import OLLAMA, ProgramMissing
 from tests.service.harness import ROOT, free_port, service_environment
@@ -259,7 +258,7 @@ def mini_llm(model: Path, folder: Path) -> Server:
     state.mkdir()
 
     def environment(port: int) -> dict[str, str]:
-        alike = {"threads": host.threads_here(), "context_length": CONTEXT_LENGTH, "model_name": _MODEL}
+        alike = {"threads": threads_of(model), "context_length": CONTEXT_LENGTH, "model_name": _MODEL}
         return service_environment(state, port, model=model, **alike)
 
     record = [sys.executable, "-m", "service", "record"]
@@ -271,7 +270,7 @@ def mini_llm(model: Path, folder: Path) -> Server:
 
 def llama_server(model: Path, folder: Path) -> Server:
     """With its own defaults, four answers at a time, but for threads and context length."""
-    threads = str(host.threads_here())
+    threads = str(threads_of(model))
     command = [str(obtain_llama_server()), "--model", str(model), "--host", "127.0.0.1", "--offline"]
     command += ["--threads", threads, "--threads-batch", threads, "--ctx-size", str(CONTEXT_LENGTH)]
     environment = {**os.environ, "HOME": str(folder)}
@@ -304,7 +303,7 @@ def ollama(model: Path, folder: Path) -> Server:
 def _give_to_ollama(port: int, model: Path) -> None:
     with model.open("rb") as file:
         digest = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
-    parameters = {"num_thread": host.threads_here(), "num_ctx": CONTEXT_LENGTH}
+    parameters = {"num_thread": threads_of(model), "num_ctx": CONTEXT_LENGTH}
     # Prompts as they are, like the others' completions: it would guess a template and put it around them.
     as_it_is = {"parameters": parameters, "template": "{{ .Prompt }}"}
     create = {"model": _MODEL, "files": {model.name: digest}, "stream": False, **as_it_is}
@@ -331,6 +330,9 @@ def _post(port: int, path: str, body: Any) -> None:
             raise NotMeasured(f"{path}: {response.status} {said[:300]!r}")
     finally:
         connection.close()
+
+
+_PEERS = {"llama-server": llama_server, "Ollama": ollama}
 
 
 def reading_s(path: Path) -> float:
@@ -391,19 +393,20 @@ def report(rows: list[Row], lives: dict[str, list[Life]], missing: dict[str, str
             yield f"  {name:14} not measured: {reason}"
 
 
-def measure(model: Path, rounds: int) -> int:
+def measure(model: Path, rounds: int, without: list[str]) -> int:
     """Prints all of it; the exit code tells whether this checkout itself could be measured."""
-    recipes = {_OURS: mini_llm, "llama-server": llama_server, "Ollama": ollama}
     servers: list[Server] = []
-    missing: dict[str, str] = {}
+    missing = dict.fromkeys(without, "it was left out")
     with tempfile.TemporaryDirectory() as name:
-        for peer, recipe in recipes.items():
+        for peer, recipe in {_OURS: mini_llm, **_PEERS}.items():
+            if peer in missing:
+                continue
             try:
                 servers.append(recipe(model, Path(name)))
             except (ProgramMissing, NotMeasured) as error:
                 missing[peer] = str(error)
         before = f"load {os.getloadavg()[0]:.1f} before"
-        print(f"{os.cpu_count()} CPUs, {host.threads_here()} threads, {before}; {model.name}")
+        print(f"{os.cpu_count()} CPUs, {threads_of(model)} threads, {before}; {model.name}")
         print(", ".join(f"{server.name} {server.version}" for server in servers), flush=True)
         lives: dict[str, list[Life]] = {server.name: [] for server in servers}
         for number in range(rounds):
@@ -443,16 +446,11 @@ def end_once(number: int, frame: object) -> None:
 
 
 def main() -> int:
-    models = {"half-billion": half_billion, "billion": billion}
-    parser = argparse.ArgumentParser(prog="python -m tests.bench.servers", description=__doc__)
-    parser.add_argument("--model", choices=models, default="half-billion", help="random weights in this shape")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="lives of each server (default: %(default)s)")
+    parser = make_parser("tests.bench.servers", __doc__, rounds=ROUNDS, parts=list(_PEERS), model="half-billion")
     arguments = parser.parse_args()
-    if arguments.rounds < 1:
-        parser.error("--rounds must be at least 1")
     for number in _ENDINGS:
         signal.signal(number, end_once)
-    return measure(models[arguments.model](ROOT / ".cache" / "bench"), arguments.rounds)
+    return measure(MODELS[arguments.model](ROOT / ".cache" / "bench"), arguments.rounds, arguments.without)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,9 @@ from hcloud.servers import BoundServer
 from hcloud.ssh_keys import BoundSSHKey
 
 from scripts.bake.answers import given
+from scripts.setup_host import CLOUD
 from tests.absent import did_not_run
-from tests.commands import ROOT, blocks
+from tests.commands import ROOT, blocks, find_command
 from tests.local_cloud.harness import LocalCloud, address_of, make_key, running_cloud, ssh, wait_until_off
 from tests.programs import PACKER, PACKER_PLUGIN_HCLOUD, ProgramMissing, obtain
 
@@ -129,6 +130,21 @@ def test_hcloud_cli(cloud: LocalCloud, client: Client, key: Path, known_key: Bou
     assert "cli" not in hcloud("server", "list")
     [image] = client.images.get_all(type=["snapshot"])
     hcloud("image", "delete", str(image.id))
+
+
+def test_what_the_readme_installs(client: Client, key: Path, known_key: BoundSSHKey) -> None:
+    """On plain Debian, root's line brings every program of a local cloud and of its client."""
+    install = find_command("sudo apt-get install ").removeprefix("sudo ")
+    wanted = " ".join(["hcloud", "ssh", *CLOUD])
+    with server(client, "host", DEBIAN, known_key) as plain:
+        told = ssh(
+            key,
+            address_of(plain),
+            "cloud-init status --wait >/dev/null; export DEBIAN_FRONTEND=noninteractive && apt-get -qq update && "
+            f"{install} -qq >/dev/null && for each in {wanted}; do command -v $each >/dev/null || echo $each; done; "
+            "ls /usr/share/keyrings/debian-archive-keyring*",
+        )
+    assert all(line.startswith("/usr/share/keyrings/debian-archive-keyring") for line in told.splitlines()), told
 
 
 def test_the_lines_of_the_readme(cloud: LocalCloud, client: Client, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Owns ``make pictures``: the README's drawings, from their data, and screenshots of the two pages, from what runs."""
 
+import argparse
 import base64
 import os
 import sys
@@ -25,13 +26,13 @@ _WIDTH = 1000
 _PATIENCE_S = 30.0
 
 
-def draw() -> None:
+def draw(folder: Path) -> None:
     """Writes the drawings; nothing but this tree is needed."""
     for drawing in DRAWINGS:
-        (FOLDER / f"{drawing.name}.svg").write_text(to_svg(drawing), encoding="utf-8")
+        (folder / f"{drawing.name}.svg").write_text(to_svg(drawing), encoding="utf-8")
 
 
-def take_service_page() -> None:
+def take_service_page(folder: Path) -> None:
     """The service's page, once the starter model has answered."""
     with running_service(record=False) as service, running_browser() as browser:
         service.generate("Who made you?")  # the first answer after a start is slower than all others
@@ -39,12 +40,12 @@ def take_service_page() -> None:
         _wait(lambda: browser.find_element(By.ID, "example").is_displayed(), "the starter's question")
         browser.find_element(By.ID, "example").click()
         _wait(lambda: browser.find_element(By.ID, "progress").text == "Finished", "the answer's end")
-        _take(browser, "service.png")
+        _take(browser, folder / "service.png")
 
 
-def take_cloud_page() -> None:
+def take_cloud_page(folder: Path) -> None:
     """The local cloud's page with two servers, of which one was made from a snapshot of the other; needs root."""
-    with tempfile.TemporaryDirectory() as folder, running_cloud(Path(folder)) as cloud:
+    with tempfile.TemporaryDirectory() as state, running_cloud(Path(state)) as cloud:
         client = cloud.client()
         first = client.servers.create("web-1", ServerType(name="cx23"), Image(name="debian-13"))
         _finish(first.action, *first.next_actions)
@@ -54,7 +55,7 @@ def take_cloud_page() -> None:
         _finish(second.action, *second.next_actions)
         with running_browser() as browser:
             _open(browser, cloud.endpoint.removesuffix("v1"), 700)
-            _take(browser, "cloud.png")
+            _take(browser, folder / "cloud.png")
 
 
 def _finish(*actions: BoundAction) -> None:
@@ -71,9 +72,9 @@ def _open(browser: webdriver.Chrome, url: str, height: int) -> None:
     browser.get(url)
 
 
-def _take(browser: webdriver.Chrome, name: str) -> None:
+def _take(browser: webdriver.Chrome, path: Path) -> None:
     shot = browser.execute_cdp_cmd("Page.captureScreenshot", {"format": "png", "optimizeForSpeed": False})
-    (FOLDER / name).write_bytes(base64.b64decode(shot["data"]))
+    path.write_bytes(base64.b64decode(shot["data"]))
 
 
 def _wait(condition: Callable[[], bool], what: str) -> None:
@@ -87,16 +88,20 @@ def _wait(condition: Callable[[], bool], what: str) -> None:
 def main() -> int:
     """Makes what the arguments name, or all; what cannot be made here is said, and the old picture stays."""
     makers = {"drawings": draw, "service": take_service_page, "cloud": take_cloud_page}
-    wanted = sys.argv[1:] or list(makers)
-    if unknown := set(wanted) - set(makers):
-        print(f"error: no such picture: {', '.join(sorted(unknown))}; there are {', '.join(makers)}", file=sys.stderr)
-        return 2
+    parser = argparse.ArgumentParser(prog="python -m tests.pictures", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument(
+        "pictures", nargs="*", metavar="PICTURE", help=f"one of {', '.join(makers)}; all if none is named"
+    )
+    parser.add_argument("--into", type=Path, default=FOLDER, help="a folder that is there, in place of the README's")
+    options = parser.parse_args()
+    if unknown := set(options.pictures) - set(makers):
+        parser.error(f"no such picture: {', '.join(sorted(unknown))}; there are {', '.join(makers)}")
     failed = False
-    for name in wanted:
+    for name in options.pictures or makers:
         try:
             if name == "cloud" and os.geteuid() != 0:
                 raise PermissionError("the local cloud needs root")
-            makers[name]()
+            makers[name](options.into)
         except (NoBrowser, PermissionError) as error:
             print(f"{name}: not made, {error}", file=sys.stderr)
             failed = True

@@ -22,10 +22,16 @@ class Program:
     package: str
     on_path: tuple[str, ...] = ()  # how it tells its version; empty if it is never found there
     tags: str = ""  # of Go's build
+    variable: str = ""  # of its code, as its releases are built with it: NAME=VALUE
 
 
 PACKER = Program("packer", "1.11.2", "github.com/hashicorp/packer", ("packer", "version"))
-PACKER_PLUGIN_HCLOUD = Program("packer-plugin-hcloud", "1.0.5", "github.com/hashicorp/packer-plugin-hcloud")
+PACKER_PLUGIN_HCLOUD = Program(
+    "packer-plugin-hcloud",
+    "1.0.5",
+    "github.com/hashicorp/packer-plugin-hcloud",
+    variable="github.com/hashicorp/packer-plugin-hcloud/version.VersionPrerelease=",  # not one in development
+)
 # Never from the PATH: they go into containers that hold nothing else.
 TRAEFIK = Program("traefik", "3.6.12", "github.com/traefik/traefik/v3/cmd/traefik")
 # Without its discovery of other people's clouds, which is four fifths of its build; its module counts v3.15 as v0.315.
@@ -76,14 +82,16 @@ def obtain(program: Program) -> Path:
         told = subprocess.run(program.on_path, capture_output=True, text=True, timeout=30).stdout
         if program.version in told:
             return Path(found)
-    return keep(f"{program.name}-{program.version}", lambda draft: _build(program, draft))
+    name = f"{program.name}-{program.version}{'-released' if program.variable else ''}"
+    return keep(name, lambda draft: _build(program, draft))
 
 
 def _build(program: Program, draft: Path) -> None:
     go = shutil.which("go")
     if go is None:
         raise ProgramMissing(f"{program.name} {program.version} is not here: install it, or Go 1.26 to build it")
-    command = [go, "build", "-mod=readonly", "-trimpath", "-ldflags=-s -w", f"-tags={program.tags}"]
+    flags = f"-s -w {f'-X={program.variable}' if program.variable else ''}"
+    command = [go, "build", "-mod=readonly", "-trimpath", f"-ldflags={flags}", f"-tags={program.tags}"]
     done = subprocess.run(
         [*command, "-o", str(draft), program.package],
         cwd=_FOLDER / program.name,

@@ -10,25 +10,21 @@ import pty
 import shlex
 import shutil
 import signal
-import ssl
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from hashlib import sha256
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
 from scripts.bake.certificates import sign_own
 from tests.absent import did_not_run
-from tests.commands import blocks, list_commands
+from tests.commands import blocks, find_command, list_commands
+from tests.model_hub import point_entry, running_hub
 from tests.service.harness import ROOT, free_port, write_small_model
 from tests.service.test_serve import Terminal
 
@@ -93,13 +89,6 @@ class Clone:
             assert not alive
 
 
-def command(begins: str) -> str:
-    """The command of the README that is this, or the one that begins so."""
-    every = list_commands(README)
-    [found] = [begins] if begins in every else [each for each in every if each.startswith(begins)]
-    return found
-
-
 def at(port: int, text: str) -> str:
     """A text of the README for a service at another port."""
     assert str(_PORT) in text
@@ -153,7 +142,7 @@ def set_up(clone: Clone) -> Clone:
 def served(set_up: Clone) -> Iterator[tuple[int, Terminal]]:
     """``make serve``, ready."""
     port = free_port()
-    with set_up.typed(command("make serve"), LLM_PORT=str(port)) as terminal:
+    with set_up.typed(find_command("make serve"), LLM_PORT=str(port)) as terminal:
         terminal.wait_line("curl ", _PATIENCE_S)
         yield port, terminal
 
@@ -161,16 +150,16 @@ def served(set_up: Clone) -> Iterator[tuple[int, Terminal]]:
 def test_a_fresh_clone_serves(served: tuple[int, Terminal]) -> None:
     """One command, and it prints the README's first request; the page is there."""
     port, terminal = served
-    assert terminal.wait_line("curl ", _PATIENCE_S).strip() == at(port, command("curl -sS http"))
+    assert terminal.wait_line("curl ", _PATIENCE_S).strip() == at(port, find_command("curl -sS http"))
     assert get(port, "/").getheader("Content-Type", "").startswith("text/html")
 
 
 def test_the_first_request(clone: Clone, served: tuple[int, Terminal]) -> None:
     """The curl line of the README gets the answer; at a wrong port it says that nobody is there."""
-    told = json.loads(clone.run(at(served[0], command("curl -sS http"))).stdout)
+    told = json.loads(clone.run(at(served[0], find_command("curl -sS http"))).stdout)
     assert told["response"].startswith("mini-llm ")
     assert told["finish_reason"] == "stop"
-    assert "onnect" in clone.run(at(free_port(), command("curl -sS http")), 7).stderr
+    assert "onnect" in clone.run(at(free_port(), find_command("curl -sS http")), 7).stderr
 
 
 def test_openai_s_client(served: tuple[int, Terminal]) -> None:
@@ -184,7 +173,7 @@ def test_openai_s_client(served: tuple[int, Terminal]) -> None:
 
 def test_a_taken_port(clone: Clone, served: tuple[int, Terminal]) -> None:
     """A second ``make serve`` says what to type, and that works although the first port was set otherwise."""
-    done = clone.run(command("make serve"), 2, LLM_PORT=str(served[0]))
+    done = clone.run(find_command("make serve"), 2, LLM_PORT=str(served[0]))
     told = done.stderr.partition("for example: ")[2].splitlines()[0]
     assert told == "make serve PORT=8081"
     port = free_port()
@@ -203,51 +192,24 @@ def test_a_wrong_model(set_up: Clone) -> None:
 def test_a_model_of_ones_own(set_up: Clone, tmp_path: Path) -> None:
     """Any GGUF file, at the port that is typed; its golden answer is recorded, once."""
     model, port = write_small_model(tmp_path), free_port()
-    typed = command("make serve MODEL=/models/").replace("/models/my-model.gguf", shlex.quote(str(model)))
+    typed = find_command("make serve MODEL=/models/").replace("/models/my-model.gguf", shlex.quote(str(model)))
     with set_up.typed(typed.replace("9000", str(port))) as terminal:
         terminal.wait_line("recording its golden answer, once", _PATIENCE_S)
         assert f":{port}/generate" in terminal.wait_line("curl ", _PATIENCE_S)
 
 
-@contextmanager
-def model_hub(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Serves a folder over HTTPS: where, and the authority of its certificate."""
-    now = datetime.now(UTC)
-    certificate, key = sign_own("hub", now - timedelta(days=1), now + timedelta(days=1), ["localhost"])
-    pair = folder / "hub.pem"
-    pair.write_text(certificate + key)
-
-    class Handler(SimpleHTTPRequestHandler):
-        def __init__(self, *words: Any) -> None:
-            super().__init__(*words, directory=str(folder))
-
-        def log_message(self, *words: object) -> None:
-            """Nobody reads it."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(pair)
-    server.socket = context.wrap_socket(server.socket, server_side=True)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    try:
-        yield f"https://localhost:{server.server_port}", pair
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
 def test_a_model_of_the_catalogue(set_up: Clone, tmp_path: Path) -> None:
     """Fetched, verified, kept and served by its name; a small file at a hub of our own stands for the large one."""
-    typed = command("make serve MODEL=llama")
+    typed = find_command("make serve MODEL=llama")
     content, catalogue = write_small_model(tmp_path).read_bytes(), set_up.folder / "service" / "models.json"
     kept, name = catalogue.read_text(), typed.partition("MODEL=")[2]
-    with model_hub(tmp_path) as (place, authority):
+    now = datetime.now(UTC)
+    certificate, key = sign_own("hub", now - timedelta(days=1), now + timedelta(days=1), ["localhost"])
+    authority = tmp_path / "hub.pem"
+    authority.write_text(certificate + key)
+    with running_hub(tmp_path, "localhost", authority, authority) as place:
         entries = json.loads(kept)
-        [entry] = [each for each in entries if each["name"] == name]
-        entry |= {"url": f"{place}/small.gguf", "size_bytes": len(content), "sha256": sha256(content).hexdigest()}
-        del entry["md5"]
+        entry = point_entry(entries, name, f"{place}/small.gguf", content)
         catalogue.write_text(json.dumps(entries))
         own = {"REQUESTS_CA_BUNDLE": str(authority), "LLM_PORT": str(free_port()), "LLM_STATE_DIR": str(tmp_path / "s")}
         try:
@@ -264,29 +226,29 @@ def test_keys_on_a_network(set_up: Clone, tmp_path: Path) -> None:
     port, own = free_port(), {"LLM_STATE_DIR": str(tmp_path / "state")}
 
     def ask(key: str) -> int:
-        curl = command("curl -u").replace("KEY", key)
+        curl = find_command("curl -u").replace("KEY", key)
         words = f"{curl} -s -o {tmp_path}/answer -w '%{{http_code}}' http://127.0.0.1:{port}/v1/models"
         return int(set_up.run(words, **own).stdout)
 
     # Whoever reads the log of a service without a terminal is told what can be typed just so.
-    refused = set_up.run(command("make serve HOST="), 2, LLM_PORT=str(port), **own).stderr
+    refused = set_up.run(find_command("make serve HOST="), 2, LLM_PORT=str(port), **own).stderr
     told = refused.partition("make one with: ")[2].splitlines()[0]
     assert set_up.run(told.replace("NAME", "first"), **own).stdout.startswith("mllm_")
     set_up.run(told.replace("keys add NAME", "keys revoke first"), **own)
 
-    with set_up.typed(command("make serve HOST="), LLM_PORT=str(port), **own) as terminal:
+    with set_up.typed(find_command("make serve HOST="), LLM_PORT=str(port), **own) as terminal:
         first = terminal.wait_line("export LLM_KEY=", _PATIENCE_S).strip().partition("=")[2]
         terminal.wait_line("curl ", _PATIENCE_S)
         assert ask(first) == 401  # it is not alice's
-        key = set_up.run(command(".venv/bin/python -m service keys add"), **own).stdout.strip()
+        key = set_up.run(find_command(".venv/bin/python -m service keys add"), **own).stdout.strip()
         assert ask(key) == 200
-        listed = set_up.run(command(".venv/bin/python -m service keys list"), **own).stdout
+        listed = set_up.run(find_command(".venv/bin/python -m service keys list"), **own).stdout
         assert "alice" in listed
         assert "requests_per_minute 60, tokens_per_day 100000, parallel 2" in listed
         assert key not in listed
-        set_up.run(command(".venv/bin/python -m service keys revoke"), **own)
+        set_up.run(find_command(".venv/bin/python -m service keys revoke"), **own)
         assert ask(key) == 401
-    verify = f".venv/bin/{command('python -m service audit verify')}"
+    verify = f".venv/bin/{find_command('python -m service audit verify')}"
     assert set_up.run(verify, **own).stdout.endswith("whole\n")
     digest = set_up.run(verify.replace("verify", "head"), **own).stdout.split()[1]
     assert set_up.run(f"{verify} --after {digest}", **own).stdout.endswith("whole\n")
@@ -296,11 +258,12 @@ def test_keys_on_a_network(set_up: Clone, tmp_path: Path) -> None:
 def test_running_it_by_hand(set_up: Clone) -> None:
     """Settings are shown; gunicorn alone serves; a drain ends it in order."""
     own = {"LLM_PORT": str(free_port()), "LLM_AUTH": "off"}
-    assert f"LLM_PORT={own['LLM_PORT']} " in set_up.run(f".venv/bin/{command('python -m service check')}", **own).stdout
-    with set_up.typed(f".venv/bin/{command('gunicorn')}", LLM_ANNOUNCE="1", **own) as terminal:
+    check, drain = (f".venv/bin/{find_command(f'python -m service {verb}')}" for verb in ("check", "drain"))
+    assert f"LLM_PORT={own['LLM_PORT']} " in set_up.run(check, **own).stdout
+    with set_up.typed(f".venv/bin/{find_command('gunicorn')}", LLM_ANNOUNCE="1", **own) as terminal:
         terminal.wait_line("curl ", _PATIENCE_S)
         assert get(int(own["LLM_PORT"]), "/ready").status == 200
-        assert "drained; 0 cancelled" in set_up.run(f".venv/bin/{command('python -m service drain')}", **own).stderr
+        assert "drained; 0 cancelled" in set_up.run(drain, **own).stderr
         assert get(int(own["LLM_PORT"]), "/ready").status == 503
 
 
@@ -309,10 +272,10 @@ def test_a_deployment_begins(set_up: Clone, served: tuple[int, Terminal]) -> Non
 
     It needs more of the package index, and gets that beside a service which runs from the same environment.
     """
-    set_up.run(command("cp "))
+    set_up.run(find_command("cp "))
     assert "api_keys" in (set_up.folder / "terraform" / "terraform.tfvars").read_text()
     for said in ("is made", "is there already"):
-        assert said in set_up.run(command("make handover-key")).stdout
+        assert said in set_up.run(find_command("make handover-key")).stdout
     assert "PRIVATE KEY" in (set_up.folder / "terraform" / "handover.auto.tfvars.json").read_text()
 
 
