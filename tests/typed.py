@@ -14,19 +14,25 @@ _SUDO = re.compile(r"^sudo ")
 
 
 def type_command(
-    command: str, timeout_s: float, *codes: int, cwd: Path = ROOT, environment: dict[str, str] | None = None
+    command: str,
+    timeout_s: float,
+    *codes: int,
+    cwd: Path = ROOT,
+    environment: dict[str, str] | None = None,
+    **more: str,
 ) -> str:
     """What it prints, errors too, where it ends with 0 or one of ``codes``; ``sudo`` is left out, tests are root's.
 
-    Whatever ends the waiting, a time that is over among it, ends the command as Ctrl-C does.
+    ``more`` are variables. Whatever ends the waiting, a time that is over among it, ends the command as Ctrl-C does,
+    and so does the end of who waits.
     """
     # Of the run that this is a part of neither make's nor pytest's own settings are for the command.
     given = os.environ if environment is None else environment
     own = {name: value for name, value in given.items() if not name.startswith(("MAKE", "MFLAGS", "PYTEST_"))}
     process = subprocess.Popen(
-        ["sh", "-c", _SUDO.sub("", command)],
+        ["setpriv", "--pdeathsig", "TERM", "sh", "-c", f"exec {_SUDO.sub('', command)}"],
         cwd=cwd,
-        env={**own, "PYTHON": os.path.realpath(sys.executable)},
+        env={**own, "PYTHON": os.path.realpath(sys.executable), **more},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

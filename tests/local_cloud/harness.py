@@ -125,9 +125,10 @@ def _running_cloud(folder: Path, addresses: str, *arguments: str) -> Iterator[Lo
 
 
 def _start(command: list[str], log_path: Path) -> "subprocess.Popen[bytes]":
+    told = ["setpriv", "--pdeathsig", "TERM", *command]  # a worker of the tests may be killed: then it stops by itself
     with log_path.open("ab") as log:
         begin = log.tell()
-        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(told, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     end_s = time.monotonic() + _START_TIMEOUT_S
     try:
         while time.monotonic() < end_s:

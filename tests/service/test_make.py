@@ -14,6 +14,6 @@ def test_make_test() -> None:
 
 def test_make_unit() -> None:
     """The same without what needs more than this tree; of its tests those of one file."""
-    said = type_command("PYTEST_ADDOPTS='-k test_commands' make unit", _PATIENCE_S)
+    said = type_command("make unit", _PATIENCE_S, PYTEST_ADDOPTS="-k test_commands")
     assert "= by tier =" in said
     assert " passed, " in said
