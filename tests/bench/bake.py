@@ -50,20 +50,20 @@ def timed(bakery: Bakery, *words: str) -> tuple[float, dict[str, float]]:
     return time.monotonic() - begin_s, told["times_s"]
 
 
-def measure(bakery: Bakery, folder: Path, with_packer: bool) -> list[Figure]:
-    """All figures, one after the other in one cloud; without Packer alone what is compared with it is left out."""
-    packer_s = bare(bakery, folder / "bare") if with_packer else None
+def measure(bakery: Bakery, folder: Path, without: list[str]) -> list[Figure]:
+    """All figures, one after the other in one cloud; without Packer alone what is compared with it is left out too."""
+    packer_s = None if "packer" in without else bare(bakery, folder / "bare")
     first_s, phases_s = timed(bakery, "--promote")
     proof_s = phases_s["probe"] + phases_s["checks"]
     nothing_s, _ = timed(bakery, "--promote")
     bakery.change("service/stops.py", "# changed\n")
     service_s, changed_s = timed(bakery)
-    stack_s, _ = timed(bakery, "--again", "service")
+    stack_s = None if "stack" in without else timed(bakery, "--again", "service")[0]
     scrape = "the checks wait for Prometheus' next scrape, every 15 s"
     return [
         Figure("nothing there", f"{first_s:.1f} s", "", None, f"{proof_s:.1f} s of it are probe and checks"),
         *([] if packer_s is None else compare(first_s - proof_s, packer_s)),
-        Figure("stack there", f"{stack_s:.1f} s", "", None, scrape),
+        *([] if stack_s is None else [Figure("stack there", f"{stack_s:.1f} s", "", None, scrape)]),
         Figure(
             "service changed",
             f"{service_s:.1f} s",
@@ -83,12 +83,12 @@ def measure(bakery: Bakery, folder: Path, with_packer: bool) -> list[Figure]:
 
 def main() -> int:
     """Prints the figures; exit code 1 if a goal was missed."""
-    options = make_parser("tests.bench.bake", __doc__, parts=["packer"]).parse_args()
+    options = make_parser("tests.bench.bake", __doc__, parts=["packer", "stack"]).parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with running_bakery(folder) as bakery:
             try:
-                figures = measure(bakery, folder, "packer" not in options.without)
+                figures = measure(bakery, folder, options.without)
             except subprocess.CalledProcessError as error:
                 print(error.stderr, file=sys.stderr)
                 raise

@@ -1,10 +1,10 @@
-"""`make bench-bake` but for Packer alone: what it measures beside other tests is no figure, but it measures."""
+"""`make bench-bake`, some of it: what it measures beside other tests is no figure, but it measures."""
 
 from tests.typed import measure
 
 
 def test_a_bake_and_what_is_spared(host: None, tools: None) -> None:
     """Where nothing has changed next to nothing is done."""
-    names = ("nothing there", "stack there", "service changed", "nothing changed")
-    told = measure('sudo make bench-bake BENCH="--without packer"', 600, *names)
+    names = ("nothing there", "service changed", "nothing changed")
+    told = measure('sudo make bench-bake BENCH="--without packer stack"', 600, *names)
     assert told["nothing changed"] < told["service changed"] < told["nothing there"]
