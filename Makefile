@@ -6,7 +6,7 @@ VENV_PYTHON := .venv/bin/python
 OWNER := $(filter-out UNKNOWN $(shell id -un),$(shell stat -c %U Makefile))
 AS_OWNER := $(if $(and $(OWNER),$(filter 0,$(shell id -u))),runuser -u $(OWNER) -- env HOME=$(shell getent passwd $(OWNER) | cut -d: -f6))
 SET_UP = $(AS_OWNER) $(PYTHON) scripts/setup_venv.py
-CHECK = $(AS_OWNER) $(VENV_PYTHON) -m ruff check --quiet . && $(AS_OWNER) $(VENV_PYTHON) -m mypy --no-error-summary
+CHECK = $(AS_OWNER) $(VENV_PYTHON) -m ruff check --quiet . && $(AS_OWNER) $(VENV_PYTHON) -m ruff format --check --quiet . && $(AS_OWNER) $(VENV_PYTHON) -m mypy --no-error-summary
 ifneq ($(AS_OWNER),)
 export PYTHONDONTWRITEBYTECODE := 1
 GIVE_BACK = ; code=$$?; chown -R $(OWNER): .cache .pytest_cache 2>/dev/null; exit $$code

@@ -132,9 +132,7 @@ def price_list(types: list[BoundServerType], pricing: dict[str, Any]) -> dict[st
         return by_place(lambda place: price_of_type(prices, place, "monthly"))
 
     return {
-        "servers": {
-            each.name: of_type(each.prices) for each in types
-        },
+        "servers": {each.name: of_type(each.prices) for each in types},
         **{name: by_place(partial(price_of_address, pricing, *group)) for name, group in groups.items()},
     }
 

@@ -164,9 +164,7 @@ def _make_first_key(settings: Settings) -> None:
     _say(f"A first key was made; it is shown only now. Its scopes: {', '.join(SCOPES)}.\n\n  export LLM_KEY={secret}\n")
 
 
-def _add_key(
-    settings: Settings, name: str, scopes: frozenset[str], expires: datetime | None, limits: Limits
-) -> str:
+def _add_key(settings: Settings, name: str, scopes: frozenset[str], expires: datetime | None, limits: Limits) -> str:
     try:
         with closing(_audit(settings)) as audit:
             secret = add_key(settings.keys_file, name, scopes, expires, limits)

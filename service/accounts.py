@@ -108,7 +108,6 @@ class _Entry:
             **facts,
         )
 
-
     def _write_audit(self, status: int, facts: dict[str, Any]) -> None:
         about = audit_facts(self._environ)
         try:

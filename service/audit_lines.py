@@ -32,6 +32,7 @@ _END = re.compile(rb',"hash":"([0-9a-f]{64})"\}\n')
 _END_BYTES = 76
 _MORE_THAN_A_LINE = re.compile(rb'.*,"prev":"[0-9a-f]{64}","hash":"[0-9a-f]{64}"\}.', re.DOTALL)
 
+
 class RawLine(NamedTuple):
     """One line of a file as it stands there; ``data`` holds its first ``LINE_BYTES`` at most."""
 

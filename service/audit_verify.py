@@ -31,6 +31,7 @@ from service.errors import ServiceError
 MAX_TOLD = 1000  # problems and notes of a report; more are counted
 _TOLD_EVENTS = (b"begin", b"dropped", b"recovered", b"lines-missing", b"head-missing")
 
+
 class Place(NamedTuple):
     """Where in the files something is; lines count from 1."""
 

@@ -99,9 +99,7 @@ class Generator:
         description = self.engine.describe()
         return "" if description is None else description.model
 
-    def begin(
-        self, request: GenerateRequest, deadline_s: float | None, client: Client, caller: Caller
-    ) -> "Generation":
+    def begin(self, request: GenerateRequest, deadline_s: float | None, client: Client, caller: Caller) -> "Generation":
         """Admits a request, counts its prompt, reserves its tokens and holds its place; nothing is evaluated yet.
 
         Raises Unavailable, LimitReached, FieldOutOfBounds, ContextExceeded, RequestMalformed, EngineFailed.
@@ -166,9 +164,7 @@ class Generator:
             raise Unavailable("loading", state.reason, 2.0)
         return self.scheduler.admit(caller.identity, caller.address_identity)
 
-    def _count(
-        self, request: GenerateRequest, deadline_s: float | None, gone: Callable[[], bool], owner: str
-    ) -> int:
+    def _count(self, request: GenerateRequest, deadline_s: float | None, gone: Callable[[], bool], owner: str) -> int:
         """Counts, through restarts of the engine if there are any: another request's crash is not this one's.
 
         Only a prompt that the engine had in its hands twice when it died is held to be the cause.

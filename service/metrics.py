@@ -51,21 +51,15 @@ class _HostCollector:
         ready = self._engine.state.phase == "ready"
         hours = (time.monotonic() - self._started_s) / 3600
         yield GaugeMetricFamily("llm_model_loaded", "1 while the engine is ready to generate.", float(ready))
-        yield GaugeMetricFamily(
-            "llm_cpu_usage_percent", "CPU use of web and engine process, 100 a CPU.", cpu_percent
-        )
-        yield GaugeMetricFamily(
-            "llm_memory_usage_bytes", "Resident memory of web and engine process.", memory_bytes
-        )
+        yield GaugeMetricFamily("llm_cpu_usage_percent", "CPU use of web and engine process, 100 a CPU.", cpu_percent)
+        yield GaugeMetricFamily("llm_memory_usage_bytes", "Resident memory of web and engine process.", memory_bytes)
         # Under the name that all programs have for it; nothing else shows what ends and begins between two scrapes.
         yield GaugeMetricFamily(
             "process_start_time_seconds", "When the web process began, in Unix time.", self._web.create_time()
         )
         yield GaugeMetricFamily("llm_requests_in_flight", "Requests that hold a slot of the engine.", running)
         yield GaugeMetricFamily("llm_queue_depth", "Requests that wait for a slot.", waiting)
-        yield CounterMetricFamily(
-            "llm_engine_restarts", "Restarts of the engine's process.", self._engine.restarts
-        )
+        yield CounterMetricFamily("llm_engine_restarts", "Restarts of the engine's process.", self._engine.restarts)
         yield CounterMetricFamily(
             "llm_cost_eur", "Price of the time this service has run.", hours * self._price_eur_per_hour
         )
@@ -121,5 +115,3 @@ class Metrics:
     def render(self) -> bytes:
         """The text exposition of all metrics."""
         return generate_latest(self.registry)
-
-

@@ -107,9 +107,7 @@ def resolve(text: str, cache_dir: Path) -> ModelFile:
     if os.sep in text or path.suffix == ".gguf" or path.exists():
         return ModelFile(path, None, None)
     names = [STARTER_NAME, *(entry.name for entry in catalogue.values() if entry.unloadable is None)]
-    raise ModelRefused(
-        f"there is no model {text!r}; give the path of a GGUF file or one of: {', '.join(names)}"
-    )
+    raise ModelRefused(f"there is no model {text!r}; give the path of a GGUF file or one of: {', '.join(names)}")
 
 
 def _resolve_starter() -> ModelFile:
@@ -330,10 +328,7 @@ def _begin_answer(entry: Entry, part: _Part, response: Any, start: int) -> int:
     if entry.url.startswith("https://") and not all(hop.startswith("https://") for hop in hops):
         raise FetchFailed(f"{entry.name}: the server sends on to an address that is not HTTPS")
     if response.status_code == 206:
-        if (
-            response.headers.get("Content-Range")
-            == f"bytes {start}-{entry.size_bytes - 1}/{entry.size_bytes}"
-        ):
+        if response.headers.get("Content-Range") == f"bytes {start}-{entry.size_bytes - 1}/{entry.size_bytes}":
             return start
         part.delete()
         raise _CutError("the server answered with another range than asked for")
@@ -351,9 +346,7 @@ def _begin_answer(entry: Entry, part: _Part, response: Any, start: int) -> int:
         raise _CutError("the server does not have the range asked for")
     if response.status_code in (408, 429) or response.status_code >= 500:
         asked = response.headers.get("Retry-After", "")
-        raise _CutError(
-            f"the server answered {response.status_code}", float(asked) if asked.isdecimal() else 0.0
-        )
+        raise _CutError(f"the server answered {response.status_code}", float(asked) if asked.isdecimal() else 0.0)
     raise FetchFailed(f"{entry.name} could not be fetched: the server answered {response.status_code}")
 
 

@@ -254,9 +254,7 @@ class Scheduler:
             return
         here = {ticket.owner for ticket in (*self._waiting, *self._running)}
         oldest = min(self._last_turn.get(ticket.owner, 0) for ticket in self._waiting)
-        self._last_turn = {
-            owner: turn for owner, turn in self._last_turn.items() if owner in here or turn > oldest
-        }
+        self._last_turn = {owner: turn for owner, turn in self._last_turn.items() if owner in here or turn > oldest}
 
     def _order(self) -> list[Ticket]:
         """Who waits, in the order of their turns if nobody else comes."""

@@ -243,9 +243,7 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
     if settings.header_timeout_s > settings.body_timeout_s:
         problems.append("LLM_HEADER_TIMEOUT_S: must not be above LLM_BODY_TIMEOUT_S")
     if not settings.keys_required and not settings.is_loopback:
-        problems.append(
-            "LLM_AUTH=off: only for a loopback LLM_HOST such as 127.0.0.1, or anyone could use the model"
-        )
+        problems.append("LLM_AUTH=off: only for a loopback LLM_HOST such as 127.0.0.1, or anyone could use the model")
     if problems:
         raise SettingsInvalid(problems)
     return settings

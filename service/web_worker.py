@@ -162,9 +162,7 @@ class WebWorker(ThreadWorker):
     def handle_error(self, req: Any, client: socket.socket, addr: Any, exc: BaseException) -> None:
         """Answers a request that never became one for the application, as a problem document."""
         request_id = uuid.uuid4().hex
-        if isinstance(exc, http_errors.ParseException) and not isinstance(
-            exc, _OWN_HEADER_ERRORS
-        ):
+        if isinstance(exc, http_errors.ParseException) and not isinstance(exc, _OWN_HEADER_ERRORS):
             status = {
                 http_errors.LimitRequestLine: 414,
                 http_errors.LimitRequestHeaders: 431,

@@ -18,7 +18,6 @@ _BAKE_VERBS = "tests/unit/bake/test_command.py::"
 _LAUNCH = "tests/image/test_launch.py::"
 _VIEWS = "tests/image/test_views.py::"
 _CLIENTS = "tests/local_cloud/test_clients.py::"
-_FETCHED = "tests/image/test_model_fetched.py::"
 _NIX = f"{BY_HAND}nixpkgs is too large to be had here; tests/nix"
 
 COMMANDS = {
@@ -61,7 +60,7 @@ COMMANDS = {
     "-o UserKnownHostsFile=./cloud_hosts root@$(hcloud server ip web-1)": f"{_CLIENTS}test_the_lines_of_the_readme",
     # Baking
     "export HCLOUD_TOKEN=…": f"{_BAKE}test_from_nothing_to_promoted",
-    'make bake BAKE="--model llama-3-8b-instruct"': f"{_FETCHED}test_make_bake",
+    'make bake BAKE="--model llama-3-8b-instruct"': f"{_BAKE}test_nothing_has_changed",
     "make bake": f"{_BAKE}test_from_nothing_to_promoted",
     ".venv/bin/python scripts/bake.py VERB": f"{_BAKE}test_from_nothing_to_promoted",
     "build --promote": f"{_BAKE}test_from_nothing_to_promoted",
@@ -79,7 +78,7 @@ COMMANDS = {
     "bake.py cost": f"{_BAKE_VERBS}test_cost_counts_snapshots_and_the_servers_that_run_them",
     "packer init image": "tests/image/test_packer_init.py::test_the_plugin_is_fetched",
     "packer build -var image_version=1 -var model=llama-3-8b-instruct -var server_type=cx43 image": (
-        f"{_FETCHED}test_packer_alone"
+        f"{_BAKE}test_packer_alone"
     ),
     # Launching
     "cp terraform/examples/llm.tfvars terraform/terraform.tfvars": f"{_NEWCOMER}test_a_deployment_begins",

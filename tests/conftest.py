@@ -27,7 +27,12 @@ TIERS = {
     "image": ("root, Debian's packages, Go", ("tests/image/", "tests/bake/")),
 }
 
-_TIMEOUTS_S = {"local_cloud": 900, "nix": 900, "bake": 900, "image": 1800}  # by folder; else it is pyproject.toml's
+_TIMEOUTS_S = {
+    "local_cloud": 900,
+    "nix": 900,
+    "bake": 900,
+    "image": 2700,
+}  # by folder, builds among it; else pyproject.toml's
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -61,11 +61,7 @@ def find_places(
 
     memory_gb = tree.model.memory_gb
     by_price = sorted(types.values(), key=lambda each: min((_prices(each, place)[1] for place in wanted), default=0))
-    fitting = [
-        each
-        for each in by_price
-        if given(each.memory) >= memory_gb and given(each.disk) >= tree.model.disk_gb
-    ]
+    fitting = [each for each in by_price if given(each.memory) >= memory_gb and given(each.disk) >= tree.model.disk_gb]
     nodes = [types[node_type]] if node_type else fitting
     probe = places(nodes)[: _BAKES_TRIED * len(wanted)]
     if not probe:

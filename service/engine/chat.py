@@ -96,8 +96,7 @@ class ChatTemplate:
 
     def _render(self, template: Template, roles: list[Role], padding: str, told_time: datetime) -> str:
         messages = [
-            {"role": role, "content": f"{padding}{_OPEN}{index}{_CLOSE}{padding}"}
-            for index, role in enumerate(roles)
+            {"role": role, "content": f"{padding}{_OPEN}{index}{_CLOSE}{padding}"} for index, role in enumerate(roles)
         ]
         try:
             rendered = template.render(

@@ -368,9 +368,7 @@ def _read_tensors(cursor: _Cursor, count: int) -> dict[str, _Tensor]:
             _refuse(f"tensor {_quote(name)} has an impossible shape {shape}")
         kind = TENSOR_TYPES[type_id]
         if shape[0] % kind.block:
-            _refuse(
-                f"tensor {_quote(name)} has rows of {shape[0]}, not a multiple of {kind.name}'s {kind.block}"
-            )
+            _refuse(f"tensor {_quote(name)} has rows of {shape[0]}, not a multiple of {kind.name}'s {kind.block}")
         size_bytes = elements // kind.block * kind.block_bytes
         tensors[name] = _Tensor(name, shape, type_id, offset, elements, size_bytes)
     return tensors
@@ -425,9 +423,7 @@ def _positive(metadata: dict[str, _Value], key: str, required: bool = False) -> 
         _refuse(f"{key} is {value.data}, not a number above zero")
 
 
-def _check_tensor_places(
-    tensors: dict[str, _Tensor], data_start: int, alignment: int, size_bytes: int
-) -> None:
+def _check_tensor_places(tensors: dict[str, _Tensor], data_start: int, alignment: int, size_bytes: int) -> None:
     for tensor in tensors.values():
         if tensor.offset % alignment:
             _refuse(f"tensor {_quote(tensor.name)} begins at {tensor.offset}, not a multiple of {alignment}")
@@ -470,12 +466,8 @@ def _read_shapes(metadata: dict[str, _Value], architecture: str, vocabulary: int
             _refuse(f"{prefix}{name} has {len(items.data)} items for {blocks} blocks")
     if architecture not in FREE_HEAD_LENGTH and heads % heads_kv:
         _refuse(f"{heads} heads cannot share {heads_kv} key-value heads evenly")
-    key = _number(
-        metadata, prefix + "attention.key_length", 1, MAX_EMBEDDING_LENGTH, default=embedding // heads
-    )
-    value = _number(
-        metadata, prefix + "attention.value_length", 1, MAX_EMBEDDING_LENGTH, default=embedding // heads
-    )
+    key = _number(metadata, prefix + "attention.key_length", 1, MAX_EMBEDDING_LENGTH, default=embedding // heads)
+    value = _number(metadata, prefix + "attention.value_length", 1, MAX_EMBEDDING_LENGTH, default=embedding // heads)
     if min(key, value) < 1:
         _refuse(f"an embedding length of {embedding} leaves nothing for each of {heads} heads")
     if architecture not in FREE_HEAD_LENGTH and not key * heads == value * heads == embedding:
@@ -498,9 +490,7 @@ def _read_shapes(metadata: dict[str, _Value], architecture: str, vocabulary: int
             _refuse(f"{prefix}{name} is {factor.data}")
     scaling = _text(metadata, prefix + "rope.scaling.type")
     if scaling is not None and scaling not in ROPE_SCALINGS:
-        _refuse(
-            f"rope scaling {_quote(scaling)} is unknown to the engine, which knows {', '.join(ROPE_SCALINGS)}"
-        )
+        _refuse(f"rope scaling {_quote(scaling)} is unknown to the engine, which knows {', '.join(ROPE_SCALINGS)}")
     if architecture in ("phi3", "gemma2"):
         _number(metadata, prefix + "attention.sliding_window", 1, MAX_CONTEXT_LENGTH, default=1)
     experts = _number(metadata, prefix + "expert_count", 0, MAX_EXPERTS, default=0)
@@ -570,9 +560,7 @@ def _check_tensors(architecture: str, shapes: _Shapes, tensors: dict[str, _Tenso
         for name in expected.keys() - optional - tensors.keys():
             _refuse(f"tensor {_quote(name)} is missing")
         for name in tensors.keys() - expected.keys():
-            _refuse(
-                f"tensor {_quote(name)} does not belong to a {architecture} model of {shapes.blocks} blocks"
-            )
+            _refuse(f"tensor {_quote(name)} does not belong to a {architecture} model of {shapes.blocks} blocks")
     else:
         expected = {"token_embd.weight": (shapes.embedding, shapes.vocabulary)}
         if architecture not in WITHOUT_OUTPUT_NORM:
@@ -585,19 +573,13 @@ def _check_tensors(architecture: str, shapes: _Shapes, tensors: dict[str, _Tenso
             if present.pop(str(number), 0) < 5:
                 _refuse(f"block {number} of {shapes.blocks} lacks tensors")
         if present:
-            _refuse(
-                f"there are tensors of block {_quote(next(iter(present)))}, but only {shapes.blocks} blocks"
-            )
+            _refuse(f"there are tensors of block {_quote(next(iter(present)))}, but only {shapes.blocks} blocks")
     for tensor in tensors.values():
         wanted = expected.get(tensor.name)
         if wanted is not None and _strip_ones(tensor.shape) != _strip_ones(wanted):
             _refuse(f"tensor {_quote(tensor.name)} has shape {tensor.shape}, not {wanted}")
         # Norms, biases and rotation factors are added and multiplied as they lie in the file.
-        if (
-            len(_strip_ones(tensor.shape)) == 1
-            and tensor.type != F32
-            and (wanted is None or len(wanted) == 1)
-        ):
+        if len(_strip_ones(tensor.shape)) == 1 and tensor.type != F32 and (wanted is None or len(wanted) == 1):
             _refuse(f"tensor {_quote(tensor.name)} is {TENSOR_TYPES[tensor.type].name}; it must be F32")
 
 
@@ -706,9 +688,7 @@ def _read_vocabulary(metadata: dict[str, _Value]) -> _Vocabulary:
         # What the engine assumes for a SentencePiece vocabulary that does not say it.
         special = {"bos": 1, "eos": 2, **special}
     if "eos" not in special:
-        _refuse(
-            "tokenizer.ggml.eos_token_id is missing: the engine would take an arbitrary token for the end"
-        )
+        _refuse("tokenizer.ggml.eos_token_id is missing: the engine would take an arbitrary token for the end")
     add_bos = metadata.get("tokenizer.ggml.add_bos_token")
     adds = bool(add_bos.data) if add_bos else model == "llama" or pre in PRE_TOKENIZERS_WITH_BOS
     if adds and "bos" not in special:
@@ -786,9 +766,7 @@ def read_header(file: BinaryIO) -> GgufHeader:
     version = cursor.scalar(U32, "the version")
     if version not in (2, 3):
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in (1, 2, 3)
-        _refuse(
-            "it is written for big-endian machines" if swapped else f"GGUF version {version} is not 2 or 3"
-        )
+        _refuse("it is written for big-endian machines" if swapped else f"GGUF version {version} is not 2 or 3")
     tensor_count = cursor.scalar(U64, "the number of tensors")
     key_count = cursor.scalar(U64, "the number of metadata keys")
     if not 1 <= tensor_count <= MAX_TENSORS:
@@ -799,9 +777,7 @@ def read_header(file: BinaryIO) -> GgufHeader:
     _check_types(metadata, GENERAL_KEYS)
     architecture = _read_architecture(metadata)
     tensors = _read_tensors(cursor, tensor_count)
-    alignment = _number(
-        metadata, "general.alignment", MIN_ALIGNMENT, MAX_ALIGNMENT, default=DEFAULT_ALIGNMENT
-    )
+    alignment = _number(metadata, "general.alignment", MIN_ALIGNMENT, MAX_ALIGNMENT, default=DEFAULT_ALIGNMENT)
     if alignment & (alignment - 1):
         _refuse(f"general.alignment is {alignment}, not a power of two")
     data_start = (cursor.position + alignment - 1) // alignment * alignment
@@ -901,13 +877,7 @@ class MemoryNeed:
 
     @property
     def total_bytes(self) -> int:
-        return (
-            self.weights_bytes
-            + self.cache_bytes
-            + self.compute_bytes
-            + self.vocabulary_bytes
-            + self.base_bytes
-        )
+        return self.weights_bytes + self.cache_bytes + self.compute_bytes + self.vocabulary_bytes + self.base_bytes
 
 
 def estimate_memory(header: GgufHeader, context_length: int) -> MemoryNeed:

@@ -356,9 +356,7 @@ class EngineProcess:
             life.free_slots.put(line)
         self._description = description
         # A later start serves the same file with the same room, or not at all.
-        self._settings = replace(
-            self._settings, sha256=description.sha256, context_length=description.context_length
-        )
+        self._settings = replace(self._settings, sha256=description.sha256, context_length=description.context_length)
 
     @staticmethod
     def _end_loading(life: _Life) -> None:

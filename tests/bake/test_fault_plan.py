@@ -34,6 +34,6 @@ def test_a_case_of_the_plan(bench: Bench, clean: Clean, name: str) -> None:
 
 def test_the_command(host: None) -> None:
     """As it is typed, with an option that leaves one case."""
-    said = type_command("make test-faults FAULTS=\"--jobs 1 --only '503 unavailable, call 1$'\"", 300)
+    said = type_command("make test-faults FAULTS=\"--jobs 1 --only '503 unavailable, call 1\\Z'\"", 300)
     assert "1/1 ok passing: 503 unavailable, call 1 " in said
     assert "1 cases, 0 failed, 0 resources left" in said

@@ -52,6 +52,6 @@ def test_a_case_of_the_plan(stage: Stage, quiet: Clean, name: str) -> None:
 
 def test_the_command(stage: Stage) -> None:
     """As it is typed, with an option that leaves one case; another stage is there, so that this can be."""
-    said = type_command("make test-launch-faults FAULTS=\"--only '502 bad_gateway, POST /v1/servers$'\"", 300)
+    said = type_command("make test-launch-faults FAULTS=\"--only '502 bad_gateway, POST /v1/servers\\Z'\"", 300)
     assert "passing: 502 bad_gateway, POST /v1/servers: good " in said
     assert "1 cases, 0 failed; " in said

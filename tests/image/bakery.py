@@ -31,7 +31,8 @@ class Bakery:
     tree: Path
     state: Path
     environment: dict[str, str]
-    more: list[str]
+    more: list[str]  # of ``build``'s options
+    authorities: Path  # of those whom servers trust while they bake; a file only with stand-ins
     begun: list["subprocess.Popen[str]"] = field(default_factory=list)
 
     def start(self, verb: str, *words: str) -> "subprocess.Popen[str]":
@@ -120,11 +121,11 @@ def running_bakery(folder: Path, *, stand_ins: bool = True) -> Iterator[Bakery]:
     arguments = ("--old-clients", "--requests-per-hour", "100000")
     with ExitStack() as ends:
         cloud = ends.enter_context(running_cloud(folder, *arguments))
-        more = []
+        more, authorities = [], folder / "none"
         if stand_ins:
             pins_file, authorities = ends.enter_context(stand_in_registry(cloud, folder / "packer"))
             more = ["--pins-file", str(pins_file), "--extra-ca-file", str(authorities)]
         told = {"HCLOUD_TOKEN": LONG_TOKEN, "MINI_LLM_STATE_DIR": str(state)}
-        bakery = Bakery(cloud, tree, state, {**cloud.environment, **own, **told}, more)
+        bakery = Bakery(cloud, tree, state, {**cloud.environment, **own, **told}, more, authorities)
         ends.callback(bakery.stop)
         yield bakery

@@ -45,8 +45,10 @@ def make_report() -> dict[str, Any]:
         },
         "sizes_bytes": _read_json(_SHARE / "sizes.json"),
         "failed_units": [line.partition(" ")[0] for line in _run("systemctl", "--failed", "--plain", "--no-legend")],
-        "logs": {name: _run("journalctl", "-b", "-o", "short-iso", "-n", str(_LAST_LINES), "--no-pager", "-q", *words)
-                 for name, words in _LOGS.items()},
+        "logs": {
+            name: _run("journalctl", "-b", "-o", "short-iso", "-n", str(_LAST_LINES), "--no-pager", "-q", *words)
+            for name, words in _LOGS.items()
+        },
     }
 
 

@@ -247,5 +247,3 @@ def _balanced(address: str) -> dict[str, Any]:
 
 def _as_json(document: dict[str, Any]) -> str:
     return json.dumps(document, indent=1) + "\n"
-
-
