@@ -21,7 +21,7 @@ _READ_RATE_BYTES_PER_S = 100e6
 _SCRAPE_PATIENCE_S = 60.0  # four rounds of Prometheus
 _QUESTION = "Name three colours."  # to a model whose answer is not known beforehand
 _QUESTION_TOKENS = 16
-_OPEN, _NEEDED = {22, 80, 443}, {80, 443}
+_OPEN, _NEEDED, _HEARD = {22, 80, 443}, {80, 443}, 443
 # All that have a meaning for everybody, and where programs of this kind listen.
 _PORTS = sorted(
     {
@@ -30,7 +30,7 @@ _PORTS = sorted(
         *(*range(2370, 2385), *range(3000, 3010), *range(8000, 8101), 8443, 8888, *range(9000, 9330)),
     }
 )
-_PORT_TIMEOUT_S, _NEEDED_TIMEOUT_S, _PORTS_AT_ONCE = 1.5, 15.0, 400
+_PORT_TIMEOUT_S, _LONGEST_PORT_TIMEOUT_S, _PORTS_AT_ONCE = 1.5, 12.0, 400
 
 
 class Wrong(Exception):
@@ -221,22 +221,32 @@ def _wait_for(look: Callable[[], str | None]) -> None:
 
 
 async def _open_ports(address: str) -> list[int]:
-    gate = asyncio.Semaphore(_PORTS_AT_ONCE)
+    """Ports that let somebody connect. Raises Wrong where the one that must be open is not heard of beside the others.
 
-    async def try_port(port: int, timeout_s: float = _PORT_TIMEOUT_S) -> bool:
-        async with gate:
-            try:
-                _, writer = await asyncio.wait_for(asyncio.open_connection(address, port), timeout_s)
-            except (OSError, TimeoutError):
-                return False
-            writer.close()
-            return True
+    A busy host is late for open ports too: what is asked together counts only if that one answered among it, else it is
+    asked again with more time.
+    """
 
-    tried = await asyncio.gather(*(try_port(port) for port in _PORTS))
-    found = {port for port, is_open in zip(_PORTS, tried, strict=True) if is_open}
-    # A busy host may be late for a port among thousands; one that must be open is not called closed for that.
+    async def try_port(port: int, timeout_s: float) -> bool:
+        try:
+            _, writer = await asyncio.wait_for(asyncio.open_connection(address, port), timeout_s)
+        except (OSError, TimeoutError):
+            return False
+        writer.close()
+        return True
+
+    found: set[int] = set()
+    for start in range(0, len(_PORTS), _PORTS_AT_ONCE):
+        together = _PORTS[start : start + _PORTS_AT_ONCE]
+        timeout_s, heard = _PORT_TIMEOUT_S, False
+        while not heard:
+            if timeout_s > _LONGEST_PORT_TIMEOUT_S:
+                raise Wrong(f"closed: {_HEARD}, or this machine is too busy to scan")
+            *tried, heard = await asyncio.gather(*(try_port(port, timeout_s) for port in (*together, _HEARD)))
+            timeout_s *= 2
+        found |= {port for port, is_open in zip(together, tried, strict=True) if is_open}
     again = sorted(_NEEDED - found)
-    found |= {port for port in again if await try_port(port, _NEEDED_TIMEOUT_S)}
+    found |= {port for port in again if await try_port(port, _LONGEST_PORT_TIMEOUT_S)}
     return sorted(found)
 
 
