@@ -25,6 +25,7 @@ import requests
 from hcloud import APIException
 
 from scripts.bake.answers import given
+from scripts.bake.errors import CloudFailed
 from scripts.handover_key import make_pair
 from scripts.local_cloud.machines.host import HostUnfit, check_host, check_image_tools, check_pool_tools
 from scripts.local_cloud.machines.network import tag_of, transfer_addresses
@@ -371,7 +372,7 @@ def main() -> int:
             tell_story(story)
         story.print_table()
         print(f"\nAll of it took {(time.monotonic() - begin_s) / 60:.1f} minutes.")
-    except (CannotRun, ProgramMissing) as error:
+    except (CannotRun, ProgramMissing, CloudFailed) as error:
         print(f"error: {error}\n  {_INSTEAD}", file=sys.stderr)
         code = 1
     # An AssertionError is the harness's word for what went wrong.
