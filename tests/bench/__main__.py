@@ -21,7 +21,8 @@ import numpy
 from service.engine import host
 from tests.bench.model import MODELS, prompt_of, threads_of
 from tests.bench.options import make_parser
-from tests.service.harness import FAKE, ROOT, Service, free_port, running_service, service_environment
+from tests.ports import free_port
+from tests.service.harness import FAKE, ROOT, Service, running_service, service_environment
 
 ROUNDS = 12
 LIMIT = 1_000_000  # never reached, always counted

@@ -28,8 +28,9 @@ from tests.bench.__main__ import ANSWER_TOKENS, read_bandwidth_gb_per_s
 from tests.bench.model import CONTEXT_LENGTH, MODELS, threads_of
 from tests.bench.options import make_parser
 from tests.bench.peer_builds import llama_cpp_build, obtain_llama_server, obtain_ollama
+from tests.ports import free_port
 from tests.programs import OLLAMA, ProgramMissing
-from tests.service.harness import ROOT, free_port, service_environment
+from tests.service.harness import ROOT, service_environment
 
 PROMPT_LETTERS = 300
 CLIENTS = 4

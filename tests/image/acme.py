@@ -12,7 +12,7 @@ from pathlib import Path
 import requests
 
 from tests.image.registry import make_certificate
-from tests.local_cloud.harness import free_port
+from tests.ports import free_port
 
 _START_TIMEOUT_S = 20.0
 

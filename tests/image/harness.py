@@ -22,7 +22,8 @@ from hcloud.ssh_keys import BoundSSHKey
 
 from scripts.local_cloud.machines.network import tag_of, transfer_addresses
 from tests.image.registry import make_certificate, running_registry
-from tests.local_cloud.harness import LocalCloud, address_of, free_port, ssh
+from tests.local_cloud.harness import LocalCloud, address_of, ssh
+from tests.ports import free_port
 from tests.programs import (
     ALERTMANAGER,
     GRAFANA_STAND_IN,

@@ -5,7 +5,6 @@ import ipaddress
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from hcloud.servers import BoundServer
 
 from scripts.bake.answers import given
 from scripts.local_cloud.machines.network import find_overlap, tag_of, transfer_addresses
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKEN = "local"  # the default that everybody knows
@@ -66,11 +66,6 @@ class LocalCloud:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
             self.process.wait(_STOP_TIMEOUT_S)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 @contextmanager

@@ -20,6 +20,7 @@ import psutil
 
 from service.engine import gguf
 from tests.gguf_writer import UINT32, small_model
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 STARTER = ROOT / "service" / "starter" / "starter.gguf"
@@ -184,12 +185,6 @@ class Service:
     def terminate(self, timeout_s: float = 30.0) -> int:
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(timeout_s)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def write_small_model(folder: Path) -> Path:

@@ -10,7 +10,8 @@ import pytest
 
 from service.engine.process import EngineProcess, EngineSettings, EngineState
 from tests.damaged_models import DAMAGES, HASH_ONLY
-from tests.service.harness import ROOT, free_port, running_service, service_environment, write_small_model
+from tests.ports import free_port
+from tests.service.harness import ROOT, running_service, service_environment, write_small_model
 
 
 @pytest.fixture(scope="module")

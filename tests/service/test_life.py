@@ -11,12 +11,12 @@ from pathlib import Path
 import psutil
 
 from tests import gguf_writer
+from tests.ports import free_port
 from tests.service.harness import (
     FAKE,
     ROOT,
     Answer,
     Service,
-    free_port,
     read_events,
     running_service,
     write_small_model,

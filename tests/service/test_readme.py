@@ -25,7 +25,8 @@ from scripts.bake.certificates import sign_own
 from tests.absent import did_not_run
 from tests.commands import blocks, find_command, list_commands
 from tests.model_hub import point_entry, running_hub
-from tests.service.harness import ROOT, free_port, write_small_model
+from tests.ports import free_port
+from tests.service.harness import ROOT, write_small_model
 from tests.service.test_serve import Terminal
 
 README = (ROOT / "README.md").read_text()

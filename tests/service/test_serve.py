@@ -17,7 +17,8 @@ from typing import Any, TextIO
 import psutil
 
 from tests.absent import did_not_run
-from tests.service.harness import ROOT, free_port, service_environment, write_small_model
+from tests.ports import free_port
+from tests.service.harness import ROOT, service_environment, write_small_model
 
 
 class Terminal:
