@@ -12,6 +12,7 @@
 
 import json
 import select
+import signal
 import socket
 import threading
 import time
@@ -24,6 +25,7 @@ from typing import Any
 
 from gunicorn import util
 from gunicorn.http import errors as http_errors
+from gunicorn.workers.base import Worker
 from gunicorn.workers.gthread import TConn, ThreadWorker
 
 from service import problems
@@ -158,6 +160,14 @@ class WebWorker(ThreadWorker):
         self._exiting = True
         self.on_stopping()
         super().handle_exit(sig, frame)
+
+    def handle_quit(self, sig: int, frame: Any) -> None:
+        # Ctrl-C reaches the whole group, and gunicorn hands it on: the second signal may interrupt the ending that the
+        # first one began, and answers that nobody cancels any more would be waited for.
+        for each in (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)
+        # Not ThreadWorker's: it takes the pool's lock, which the work interrupted may hold, to end what ends anyway.
+        Worker.handle_quit(self, sig, frame)
 
     def handle_error(self, req: Any, client: socket.socket, addr: Any, exc: BaseException) -> None:
         """Answers a request that never became one for the application, as a problem document."""

@@ -39,6 +39,15 @@ def start_writer(folder: Path, lines: int, name: str, rotate_bytes: int = 10**8)
     return process
 
 
+def read_rest(writer: subprocess.Popen[str]) -> str:
+    """All that it says until its end; ``communicate`` would miss what came along with the first line."""
+    assert writer.stdout is not None
+    with writer.stdout:
+        said = writer.stdout.read()
+    writer.wait()
+    return said
+
+
 def lines_of(folder: Path) -> list[dict[str, object]]:
     files = sorted(folder.glob("audit-*.jsonl"))
     return [json.loads(line) for path in files for line in path.read_bytes().splitlines()]
@@ -59,7 +68,7 @@ def test_service_and_command_line_write_one_chain(tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(other.communicate(timeout=60)[0].split()) == 100
+    assert len(read_rest(other).split()) == 100
     log.write("admitted", writer="last", number=0)
     log.close()
     report = verify([folder])
@@ -82,8 +91,9 @@ def test_killed_writers_leave_whole_chains(tmp_path: Path) -> None:
         writer = start_writer(folder, -1, str(turn), rotate_bytes=choice.choice([20_000, 10**8]))
         time.sleep(choice.uniform(0.0, 0.15))
         os.kill(writer.pid, signal.SIGKILL)
-        output, _ = writer.communicate(timeout=60)
-        told |= {(str(turn), int(number)) for number in output.splitlines(keepends=True) if number.endswith("\n")}
+        told |= {
+            (str(turn), int(number)) for number in read_rest(writer).splitlines(keepends=True) if number.endswith("\n")
+        }
         report = verify([folder])
         assert report.whole, describe_report(report)
         if turn % 3:  # otherwise the next writer is who finds it

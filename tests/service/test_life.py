@@ -100,6 +100,20 @@ def test_ctrl_c_mid_stream_is_quick(fake: Service) -> None:
         assert time.monotonic() - start_s < 4
 
 
+def test_a_ctrl_c_that_is_handed_on_is_one(fake: Service) -> None:
+    """By gunicorn, whenever it comes to it, be that in the middle of what the first signal began."""
+    with fake.open_generate("pause 0.1", max_tokens=400, stream=True):
+        fake.wait_running(1)
+        web, engine = fake.web, fake.engine
+        for _ in range(100):
+            web.send_signal(signal.SIGINT)
+            web.send_signal(signal.SIGQUIT)
+        fake.process.send_signal(signal.SIGINT)
+        _, alive = psutil.wait_procs([web, engine], timeout=4)
+        assert not alive
+        assert fake.process.wait(10) in (0, -signal.SIGINT)
+
+
 def test_idle_stop_is_quick(fake: Service) -> None:
     """Without requests SIGTERM ends everything within 3 s, exit code 0."""
     start_s = time.monotonic()
