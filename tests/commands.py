@@ -112,8 +112,8 @@ COMMANDS = {
     # Tests and measurements
     "make test": "tests/service/test_make.py::test_make_test",
     "make unit": "tests/service/test_make.py::test_make_unit",
-    "make test-faults": "tests/bake/test_fault_plan.py::test_the_command",
-    "make test-launch-faults": "tests/bake/test_launch_faults.py::test_the_command",
+    "make test-faults": "tests/bake/test_fault_plan.py::test_a_sample_of_the_plan",
+    "make test-launch-faults": "tests/bake/test_launch_faults.py::test_a_sample_of_the_plan",
     "make bench": "tests/service/test_benches.py::test_one_round",
     "make bench-servers": "tests/service/test_benches.py::test_one_life_of_the_server",
     "sudo make bench-cloud": "tests/local_cloud/test_bench_cloud.py::test_one_round",

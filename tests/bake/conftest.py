@@ -6,7 +6,6 @@ import pytest
 
 from scripts.local_cloud.machines.host import HostUnfit, require_tools
 from tests.absent import did_not_run
-from tests.bake.fault_plan import Clean, record
 from tests.bake.harness import Bench, running_bench
 from tests.local_cloud.conftest import host  # noqa: F401 - a fixture
 from tests.programs import ProgramMissing
@@ -21,9 +20,3 @@ def bench(host: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Benc
             yield made
     except (HostUnfit, ProgramMissing) as error:
         did_not_run(error)
-
-
-@pytest.fixture(scope="module")
-def clean(bench: Bench) -> Clean:
-    """What a bake does that nothing befalls."""
-    return record(bench)
