@@ -33,7 +33,7 @@ _COPIED = (
     *("service/starter/starter.json", "service/models.json", "service/requirements.txt"),
 )
 _LONGEST_S = 300.0
-_PROGRAM = ("scripts/bake.py",)
+_PROGRAM = ("-m", "tests.bake.patient")
 
 
 def make_tree(folder: Path, misbehave: str = "") -> Path:

@@ -24,6 +24,8 @@ from tests.image.test_image import reachable_acme_server
 from tests.local_cloud.harness import LocalCloud, cut_off, make_key, ssh
 
 _STREAM_TOKENS = 40
+# 2 s on a quiet machine. A lost SYN is sent anew after 1 s and after 3; beside other tests two were lost, once.
+_LONGEST_CONNECT_S = 4.0
 _PATIENCE = "_GAP_WITHIN_S, _DRAIN_S = 300.0, 60.0"
 _SETTINGS = "cd /proc/sys/net; grep -s . ipv4/ip_forward ipv[46]/conf/all/* netfilter/nf_conntrack_tcp_loose || true"
 _AS_SERVICE = "cd /opt/mini-llm && env $(cat /etc/mini-llm/service.env) venv/bin/python -m service"
@@ -42,9 +44,7 @@ def ways(ipv4: str, ipv6: str) -> dict[str, list[tuple[Way, float]]]:
 
 
 @pytest.fixture(scope="module")
-def talkative_image(
-    program: str, cloud: LocalCloud, image: BoundImage, tmp_path_factory: pytest.TempPathFactory
-) -> BoundImage:
+def talkative_image(cloud: LocalCloud, image: BoundImage, tmp_path_factory: pytest.TempPathFactory) -> BoundImage:
     """The same with random weights, which seldom end an answer before they must."""
     cut_off(cloud)  # a bake fetches
     try:
@@ -190,14 +190,14 @@ def test_rollouts_under_load(cloud: LocalCloud, talkative_image: BoundImage, pro
         wait_for_history(made, names)
 
 
-def test_a_rollout_without_terraform(cloud: LocalCloud, image: BoundImage, tmp_path: Path) -> None:
+def test_a_rollout_without_terraform(cloud: LocalCloud, talkative_image: BoundImage, tmp_path: Path) -> None:
     """Two in a row by the same calls through the API, so that rollouts run where Terraform's provider cannot be had."""
     key = make_key(tmp_path)
     with reachable_acme_server(cloud, tmp_path) as (server, acme):
         root, place = tmp_path / "root.pem", tmp_path / "api"
         facts = {"acme": acme, "handover": make_pair(datetime.now(UTC)), "api_keys": [unlimited("alice")]}
         public_key = key.with_suffix(".pub").read_text()
-        with api_deployment(place, cloud, root, given(image.id), public_key, **facts) as made:
+        with api_deployment(place, cloud, root, given(talkative_image.id), public_key, **facts) as made:
             told = made.outputs()
             for name in (DOMAIN, f"monitoring.{DOMAIN}"):
                 server.point(name, told["ipv4_address"])
@@ -212,7 +212,7 @@ def test_a_rollout_without_terraform(cloud: LocalCloud, image: BoundImage, tmp_p
                 time.sleep(3)
             print(load.describe())
             assert load.failed() == []
-            assert max(one.connect_s for one in load.seen if one.connect_s is not None) <= 2.0
+            assert max(one.connect_s for one in load.seen if one.connect_s is not None) <= _LONGEST_CONNECT_S
             assert len(names) == 3
             assert made.generate(told["ipv4_address"], KEYS["carla"]) == 200
             assert orders(server) == issued

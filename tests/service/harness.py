@@ -1,5 +1,6 @@
 """Starts the real service (gunicorn, engine process) on a free port of loopback, talks to it, and ends it for sure."""
 
+import hashlib
 import http.client
 import json
 import os
@@ -27,6 +28,7 @@ STARTER = ROOT / "service" / "starter" / "starter.gguf"
 FAKE = "tests.fake_engine"
 SMALL = "a model of random weights"
 _DEADLINE_S = 60.0
+_RECORDED: dict[tuple[str, str | None], tuple[str, bytes]] = {}  # name and content of a golden answer's file
 
 
 @dataclass
@@ -99,7 +101,9 @@ class Service:
         return total
 
     def logs(self, event: str) -> list[dict[str, Any]]:
-        lines = [line for line in self.log_path.read_text().splitlines() if line.startswith("{")]
+        while not (told := self.log_path.read_text()).endswith("\n") and told:
+            time.sleep(0.001)  # the last line is being written
+        lines = [line for line in told.splitlines() if line.startswith("{")]
         return [entry for entry in map(json.loads, lines) if entry.get("event") == event]
 
     def wait_request(self, timeout_s: float = 5.0, **facts: Any) -> dict[str, Any]:
@@ -213,6 +217,20 @@ def service_environment(state_dir: Path, port: int, **settings: Any) -> dict[str
     return environment
 
 
+def _record(model: Path, adapter: str | None, environment: dict[str, str], folder: Path) -> None:
+    """Has the golden answer recorded, once for all services with this model and adapter; the starter brings its own."""
+    what = (hashlib.sha256(model.read_bytes()).hexdigest(), adapter)
+    if what not in _RECORDED:
+        command = [sys.executable, "-m", "service", "record"]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        [file] = folder.iterdir()
+        _RECORDED[what] = (file.name, file.read_bytes())
+    name, told = _RECORDED[what]
+    folder.mkdir(mode=0o700, exist_ok=True)
+    (folder / name).write_bytes(told)
+
+
 @contextmanager
 def running_service(record: bool = True, wait: bool = True, **settings: Any) -> Iterator[Service]:
     """A service with these settings; its golden answer is recorded first unless ``record`` is False.
@@ -225,10 +243,8 @@ def running_service(record: bool = True, wait: bool = True, **settings: Any) -> 
         if settings.get("engine_adapter") == FAKE or settings.get("model") == SMALL:
             settings["model"] = write_small_model(state_dir)
         environment = service_environment(state_dir, port, **settings)
-        if record:
-            command = [sys.executable, "-m", "service", "record"]
-            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-            assert done.returncode == 0, done.stderr
+        if record and "model" in settings:
+            _record(Path(settings["model"]), settings.get("engine_adapter"), environment, state_dir / "golden")
         log_path = state_dir / "service.log"
         with log_path.open("wb") as log:
             process = subprocess.Popen(
