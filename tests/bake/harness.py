@@ -174,6 +174,12 @@ class Bench:
         """A verb of the program, to its end."""
         return self.start(*words, program=program).finish(patience_s)
 
+    def tell(self, verb: str, *words: str) -> dict[str, Any]:
+        """What a verb that works says as JSON."""
+        done = self.run(verb, "--json", *words)
+        assert done.code == 0, done
+        return done.document()
+
     def local(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         """A call of the local cloud's own paths."""
         url = f"{self.cloud.endpoint.removesuffix('/v1')}/_local/{path}"
