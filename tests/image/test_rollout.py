@@ -250,8 +250,8 @@ def test_what_goes_wrong_leaves_the_old_node_serving(
         assert serves()
         assert len(made.node_names()) == 1
 
-        for after_s, other in ((3.0, "berta"), (9.0, "carla")):
-            made.kill(after_s, api_keys=[api_key("alice"), api_key(other)])
+        for after_s in (2.0, 6.0, 11.0):
+            made.kill(after_s, api_keys=[api_key("alice"), api_key("berta" if after_s != 6.0 else "carla")])
             assert serves()
             made.sweep()
             made.apply()
