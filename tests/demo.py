@@ -372,11 +372,18 @@ def main() -> int:
             tell_story(story)
         story.print_table()
         print(f"\nAll of it took {(time.monotonic() - begin_s) / 60:.1f} minutes.")
-    except (CannotRun, ProgramMissing, CloudFailed) as error:
+    except (CannotRun, ProgramMissing) as error:
         print(f"error: {error}\n  {_INSTEAD}", file=sys.stderr)
         code = 1
     # An AssertionError is the harness's word for what went wrong.
-    except (AssertionError, OSError, subprocess.SubprocessError, requests.RequestException, APIException) as error:
+    except (
+        AssertionError,
+        OSError,
+        subprocess.SubprocessError,
+        requests.RequestException,
+        APIException,
+        CloudFailed,
+    ) as error:
         print(f"error: {error}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts.bake.errors import CloudFailed
 from scripts.local_cloud.machines.host import HostUnfit
 from tests import demo
 
@@ -100,13 +101,17 @@ def test_one_demo_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         assert (tmp_path / "cache" / "demo.lock").exists()
 
 
+@pytest.mark.parametrize("why", [demo.CannotRun, CloudFailed])
 def test_what_is_left_is_told_however_it_ended(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    why: Callable[[str], Exception],
 ) -> None:
     """And the folder stays, by which the next demo finds it."""
 
     def story(told: demo.Story, ends: ExitStack) -> None:
-        raise demo.CannotRun("the node does not serve")
+        raise why("the node does not serve")
 
     monkeypatch.setattr(demo, "check_machine", lambda: None)
     monkeypatch.setattr(demo, "clean", lambda: None)
