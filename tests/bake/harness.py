@@ -33,7 +33,7 @@ _COPIED = (
     *("service/starter/starter.json", "service/models.json", "service/requirements.txt"),
 )
 _LONGEST_S = 300.0
-_PROGRAM = ("-m", "tests.bake.patient")
+_PROGRAM = ("scripts/bake.py",)
 
 
 def make_tree(folder: Path, misbehave: str = "") -> Path:
@@ -173,12 +173,6 @@ class Bench:
     def run(self, *words: str, patience_s: float = _LONGEST_S, program: tuple[str, ...] = _PROGRAM) -> Done:
         """A verb of the program, to its end."""
         return self.start(*words, program=program).finish(patience_s)
-
-    def tell(self, verb: str, *words: str) -> dict[str, Any]:
-        """What a verb that works says as JSON."""
-        done = self.run(verb, "--json", *words)
-        assert done.code == 0, done
-        return done.document()
 
     def local(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         """A call of the local cloud's own paths."""

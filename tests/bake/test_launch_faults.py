@@ -23,7 +23,8 @@ SAMPLE = (
 )
 
 
-def test_a_sample_of_the_plan(host: None, tmp_path: Path) -> None:
+def test_a_sample_of_the_plan(packer: None, tmp_path: Path) -> None:
+    """Each case is told good, and nothing is left."""
     program, why = find_program(tmp_path)
     if program is None:
         did_not_run(why, may_in_ci=True)

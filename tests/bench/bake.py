@@ -6,7 +6,6 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.bake.harness import Bench, running_bench
 from tests.bench.image import Figure
 from tests.bench.options import make_parser
 from tests.image.bakery import Bakery, running_bakery
@@ -45,7 +44,7 @@ def compare(unproved_s: float, packer_s: float) -> list[Figure]:
     ]
 
 
-def timed(bakery: Bakery | Bench, *words: str) -> tuple[float, dict[str, float]]:
+def timed(bakery: Bakery, *words: str) -> tuple[float, dict[str, float]]:
     """Seconds of a build as a whole, and of its phases."""
     begin_s = time.monotonic()
     told = bakery.tell("build", *words)
@@ -60,61 +59,40 @@ def change_service(bakery: Bakery) -> list[Figure]:
     return [Figure("service changed", f"{took_s:.1f} s", f"≤ {SERVICE_GOAL_S:.0f} s", took_s <= SERVICE_GOAL_S, floor)]
 
 
-def first(first_s: float, proof_s: float) -> Figure:
-    """A bake from nothing."""
-    return Figure("nothing there", f"{first_s:.1f} s", "", None, f"{proof_s:.1f} s of it are probe and checks")
-
-
-def again(bakery: Bakery | Bench) -> Figure:
-    """The same bake once more."""
-    nothing_s, _ = timed(bakery, "--promote")
-    floor = "starting Python, hashing the tree, one call"
-    goal = f"≤ {NOTHING_GOAL_S:.0f} s"
-    return Figure("nothing changed", f"{nothing_s:.2f} s", goal, nothing_s <= NOTHING_GOAL_S, floor)
-
-
 def measure(bakery: Bakery, folder: Path, without: list[str]) -> list[Figure]:
     """All figures, one after the other in one cloud; without Packer alone what is compared with it is left out too."""
     packer_s = None if "packer" in without else bare(bakery, folder / "bare")
     first_s, phases_s = timed(bakery, "--promote")
     proof_s = phases_s["probe"] + phases_s["checks"]
-    unchanged = again(bakery)
+    nothing_s, _ = timed(bakery, "--promote")
     changed = [] if "service" in without else change_service(bakery)
     stack_s = None if "stack" in without else timed(bakery, "--again", "service")[0]
     return [
-        first(first_s, proof_s),
+        Figure("nothing there", f"{first_s:.1f} s", "", None, f"{proof_s:.1f} s of it are probe and checks"),
         *([] if packer_s is None else compare(first_s - proof_s, packer_s)),
         *([] if stack_s is None else [Figure("stack there", f"{stack_s:.1f} s", "", None, _SCRAPE)]),
         *changed,
-        unchanged,
+        Figure(
+            "nothing changed",
+            f"{nothing_s:.2f} s",
+            f"≤ {NOTHING_GOAL_S:.0f} s",
+            nothing_s <= NOTHING_GOAL_S,
+            "starting Python, hashing the tree, one call",
+        ),
     ]
-
-
-def measure_small(bench: Bench) -> list[Figure]:
-    """Two of the figures, of the tests' small tree."""
-    first_s, phases_s = timed(bench, "--promote")
-    return [first(first_s, phases_s["probe"] + phases_s["checks"]), again(bench)]
 
 
 def main() -> int:
     """Prints the figures; exit code 1 if a goal was missed."""
-    parser = make_parser("tests.bench.bake", __doc__, parts=["packer", "stack", "service"])
-    parser.add_argument("--small", action="store_true", help="the tests' small tree, with nothing there and unchanged")
-    options = parser.parse_args()
-    if options.small and options.without:
-        parser.error("--small measures two figures; nothing can be left out of it")
+    options = make_parser("tests.bench.bake", __doc__, parts=["packer", "stack", "service"]).parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if options.small:
-            with running_bench(folder) as bench:
-                figures = measure_small(bench)
-        else:
-            with running_bakery(folder) as bakery:
-                try:
-                    figures = measure(bakery, folder, options.without)
-                except subprocess.CalledProcessError as error:
-                    print(error.stderr, file=sys.stderr)
-                    raise
+        with running_bakery(folder) as bakery:
+            try:
+                figures = measure(bakery, folder, options.without)
+            except subprocess.CalledProcessError as error:
+                print(error.stderr, file=sys.stderr)
+                raise
     for figure in figures:
         print(figure.line())
     return 1 if any(figure.good is False for figure in figures) else 0
