@@ -113,7 +113,7 @@ def main(requirement_files: "list[str]") -> None:
     except (OSError, subprocess.CalledProcessError) as error:
         fail("the virtual environment cannot be made: %s" % error, "see that the folder is writable, the disk not full")
     options = ["--quiet", "--disable-pip-version-check", "--require-hashes", "--no-deps", "--only-binary", ":all:"]
-    options.append("--no-compile")  # by one CPU; all of them do it below in a quarter of the time
+    options.append("--no-compile")  # which one CPU would do; below all of them do
     for path in requirement_files:
         run(
             [python, "-m", "pip", "install"] + options + ["-r", path],
@@ -123,11 +123,14 @@ def main(requirement_files: "list[str]") -> None:
     # What does not compile, of other versions' files that some packages bring, is nobody's concern, as it is not pip's.
     compiling = [python, "-m", "compileall", "-qq", "-j", "0", os.path.join(VENV, "lib")]
     try:
-        subprocess.run(compiling, stdout=subprocess.DEVNULL)
+        subprocess.run(compiling, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     except KeyboardInterrupt:
         sys.exit("interrupted; the next run goes on from here")
-    with open(stamp, "w") as file:
-        file.write(wanted)
+    try:
+        with open(stamp, "w") as file:
+            file.write(wanted)
+    except OSError as error:
+        fail("%s cannot be written: %s" % (stamp, error), "see that the folder is writable, the disk not full")
 
 
 if __name__ == "__main__":
