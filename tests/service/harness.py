@@ -101,9 +101,10 @@ class Service:
         return total
 
     def logs(self, event: str) -> list[dict[str, Any]]:
-        while not (told := self.log_path.read_text()).endswith("\n") and told:
-            time.sleep(0.001)  # the last line is being written
-        lines = [line for line in told.splitlines() if line.startswith("{")]
+        end_s = time.monotonic() + 1.0
+        while (told := self.log_path.read_text()) and not told.endswith("\n") and time.monotonic() < end_s:
+            time.sleep(0.001)  # the last line is being written, or was when its writer was killed
+        lines = [line for line in told[: told.rfind("\n") + 1].splitlines() if line.startswith("{")]
         return [entry for entry in map(json.loads, lines) if entry.get("event") == event]
 
     def wait_request(self, timeout_s: float = 5.0, **facts: Any) -> dict[str, Any]:
