@@ -7,12 +7,16 @@ and runs (to say so) on Pythons that are too old for the rest.
 import hashlib
 import os
 import platform
+import re
 import subprocess
 import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 VENV = os.path.join(ROOT, ".venv")
 OLDEST_PYTHON = (3, 11)
+_PIPS = 2  # beside each other: each unpacks on one CPU, and more would wait for the disk
+# Compiled when it is first imported: half of what there is to compile, and only the training needs any of it.
+_RARELY_USED = r"/(scipy|jax|jaxlib|tests)/"
 
 
 def fail(problem: str, remedy: str) -> None:
@@ -67,14 +71,47 @@ def has_pip(python: str) -> bool:
     return done.returncode == 0
 
 
-def run(arguments: "list[str]", remedy: str) -> None:
-    """Runs one command; its failure ends the run with what to do."""
+def split_requirements(texts: "list[str]", parts: int) -> "list[str]":
+    """The requirements of several files as so many other ones, each package in one of them alone: the last file's."""
+    by_name: "dict[str, str]" = {}
+    for text in texts:
+        of_this_file: "dict[str, str]" = {}  # perhaps several for one name, each for other Pythons
+        for requirement in re.findall(r"^\w(?:\\\n|.)*", text, re.MULTILINE):
+            name = requirement.split("==")[0]
+            of_this_file[name] = of_this_file.get(name, "") + requirement + "\n"
+        by_name.update(of_this_file)
+    largest_first = sorted(by_name.values(), key=len, reverse=True)  # those with many hashes are large by themselves
+    return ["".join(largest_first[part::parts]) for part in range(parts)]
+
+
+def install(python: str, requirement_files: "list[str]") -> None:
+    """Installs what the files pin; a failure ends the run with what to do."""
+    remedy = "check the network (a Python package index is needed) and the disk, then run the same again"
+    # Errors alone are told: each would warn of packages that the other one is about to put there.
+    options = ["-qq", "--disable-pip-version-check", "--require-hashes", "--no-deps", "--only-binary", ":all:"]
+    options.append("--no-compile")  # which one CPU would do; below all of them do
+    running = []
     try:
-        code = subprocess.call(arguments, cwd=ROOT)
+        texts = []
+        for path in requirement_files:
+            with open(path) as file:
+                texts.append(file.read())
+        for part, text in enumerate(split_requirements(texts, _PIPS)):
+            path = os.path.join(VENV, "requirements-%d.txt" % part)
+            with open(path, "w") as file:
+                file.write(text)
+            running.append(subprocess.Popen([python, "-m", "pip", "install"] + options + ["-r", path], cwd=ROOT))
+        code = max([each.wait() for each in running])
     except KeyboardInterrupt:
+        for each in running:
+            each.wait()  # the terminal has interrupted it as well
         sys.exit("interrupted; the next run goes on from here")
+    except OSError as error:
+        for each in running:
+            each.wait()
+        fail("what is to be installed cannot be written down: %s" % error, remedy)
     if code != 0:
-        fail("%s failed with exit code %d (its words are above)" % (os.path.basename(arguments[0]), code), remedy)
+        fail("pip failed with exit code %d (its words are above)" % code, remedy)
 
 
 def remove_cuda_libraries() -> None:
@@ -112,18 +149,12 @@ def main(requirement_files: "list[str]") -> None:
         sys.exit("interrupted; the next run goes on from here")
     except (OSError, subprocess.CalledProcessError) as error:
         fail("the virtual environment cannot be made: %s" % error, "see that the folder is writable, the disk not full")
-    options = ["--quiet", "--disable-pip-version-check", "--require-hashes", "--no-deps", "--only-binary", ":all:"]
-    options.append("--no-compile")  # which one CPU would do; below all of them do
-    for path in requirement_files:
-        run(
-            [python, "-m", "pip", "install"] + options + ["-r", path],
-            "check the network (a Python package index is needed) and the disk, then run the same again",
-        )
+    install(python, requirement_files)
     remove_cuda_libraries()
     # What does not compile, of other versions' files that some packages bring, is nobody's concern, as it is not pip's.
-    compiling = [python, "-m", "compileall", "-qq", "-j", "0", os.path.join(VENV, "lib")]
+    compiling = [python, "-m", "compileall", "-qq", "-j", "0", "-x", _RARELY_USED, "lib"]
     try:
-        subprocess.run(compiling, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        subprocess.run(compiling, cwd=VENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     except KeyboardInterrupt:
         sys.exit("interrupted; the next run goes on from here")
     try:
