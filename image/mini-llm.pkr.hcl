@@ -20,6 +20,9 @@ locals {
   last       = index(local.all_layers, var.last_layer)
   layers     = slice(local.all_layers, local.first, local.last + 1)
 
+  # The service's layer fetches nothing, so it alone needs nobody to trust.
+  extra_ca_file = var.first_layer == "service" ? "" : var.extra_ca_file
+
   # Where the baking server keeps what is uploaded; not /tmp, which is memory.
   uploads = "/var/tmp"
 }
@@ -54,7 +57,7 @@ build {
   provisioner "file" {
     sources = concat(
       ["${path.root}/provision", "${path.root}/rootfs", "${path.root}/../service", "${path.root}/../cloud-init"],
-      compact([var.model_file, var.extra_ca_file]),
+      compact([var.model_file, local.extra_ca_file]),
     )
     destination = "${local.uploads}/"
   }
@@ -72,7 +75,7 @@ build {
       "IMAGE_VERSION=${var.image_version}",
       "MODEL=${var.model_file == "" ? var.model : "${local.uploads}/${basename(var.model_file)}"}",
       "MODEL_NAME=${var.model}",
-      "EXTRA_CA=${var.extra_ca_file == "" ? "" : "${local.uploads}/${basename(var.extra_ca_file)}"}",
+      "EXTRA_CA=${local.extra_ca_file == "" ? "" : "${local.uploads}/${basename(local.extra_ca_file)}"}",
       "DEBIAN_FRONTEND=noninteractive",
     ]
   }

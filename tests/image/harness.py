@@ -21,7 +21,7 @@ from hcloud.servers import BoundServer
 from hcloud.ssh_keys import BoundSSHKey
 
 from scripts.local_cloud.machines.network import tag_of, transfer_addresses
-from tests.image.registry import make_certificate, running_registry
+from tests.image.registry import kept_storage, make_certificate, running_registry
 from tests.local_cloud.harness import LocalCloud, address_of, ssh
 from tests.ports import free_port
 from tests.programs import (
@@ -83,11 +83,11 @@ def packer(folder: Path, environment: dict[str, str], *words: str) -> str:
 def stand_in_registry(cloud: LocalCloud, folder: Path) -> Iterator[tuple[Path, Path]]:
     """A registry that has what tests put into containers: the file that pins it, and the authorities to trust."""
     host, _ = transfer_addresses(tag_of(cloud.state))  # where servers reach this host
-    with running_registry(folder, host, free_port()) as registry:
+    with running_registry(folder, host, free_port(), kept_storage(CONTAINERS)) as registry:
         pins = json.loads((ROOT / "image" / "pins.json").read_text())
         for name, program in CONTAINERS.items():
-            digest = registry.push_program(name, obtain(program))
-            pins["images"][name] = {"image": f"{registry.address}/{name}", "version": program.version, "digest": digest}
+            own = {"version": program.version, "digest": registry.digest_of(name)}
+            pins["images"][name] = {"image": f"{registry.address}/{name}", **own}
         pins_file, authorities = folder / "pins.json", folder / "authorities.crt"
         pins_file.write_text(json.dumps(pins))
         authorities.write_text(_HOST_AUTHORITIES.read_text() + registry.authority.read_text())

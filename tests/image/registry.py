@@ -1,7 +1,7 @@
 """Owns a container registry for tests: Debian's docker-registry over TLS, and images made of one static program.
 
 What a bake fetches by digest on Docker Hub it fetches here, by the same commands: the images hold programs built from
-their Go modules instead, under digests of their own.
+their Go modules instead, under digests of their own. They are pushed once, and kept in the user's cache.
 """
 
 import gzip
@@ -20,8 +20,11 @@ from typing import Any
 
 import requests
 
+from tests.ports import free_port
+from tests.programs import Program, keep, obtain
+
 _CONFIG = """version: 0.1
-storage: {{filesystem: {{rootdirectory: {storage}}}}}
+storage: {{filesystem: {{rootdirectory: {storage}}}, maintenance: {{readonly: {{enabled: {readonly}}}}}}}
 http:
   addr: {address}
   tls: {{certificate: {certificate}, key: {key}}}
@@ -38,8 +41,8 @@ class Registry:
     address: str
     authority: Path
 
-    def push_program(self, name: str, program: Path) -> str:
-        """Makes an image that holds this one file, as ``/bin/name``, and starts it; returns the manifest's digest."""
+    def push_program(self, name: str, program: Path) -> None:
+        """Makes an image that holds this one file, as ``/bin/name``, and starts it."""
         layer = _tar_of(name, program)
         blob = gzip.compress(layer, compresslevel=1, mtime=0)
         config = {
@@ -58,9 +61,15 @@ class Registry:
             "layers": [_descriptor("application/vnd.oci.image.layer.v1.tar+gzip", blob)],
         }
         content = json.dumps(manifest).encode()
-        url = f"https://{self.address}/v2/{name}/manifests/test"
-        self._send("PUT", url, data=content, headers={"Content-Type": _MANIFEST})
-        return _digest(content)
+        self._send("PUT", self._manifest_of(name), data=content, headers={"Content-Type": _MANIFEST})
+
+    def digest_of(self, name: str) -> str:
+        """Of the manifest of an image that was pushed."""
+        answer = self._send("HEAD", self._manifest_of(name), headers={"Accept": _MANIFEST})
+        return answer.headers["Docker-Content-Digest"]
+
+    def _manifest_of(self, name: str) -> str:
+        return f"https://{self.address}/v2/{name}/manifests/test"
 
     def _push_blob(self, name: str, content: bytes) -> None:
         begun = self._send("POST", f"https://{self.address}/v2/{name}/blobs/uploads/")
@@ -103,13 +112,29 @@ def make_certificate(folder: Path, *names: str, days: int = 30) -> tuple[Path, P
     return chain, key
 
 
+def kept_storage(programs: dict[str, Program]) -> Path:
+    """What a registry with an image for each of the programs keeps, made once. Raises ProgramMissing."""
+    files = {name: obtain(program) for name, program in programs.items()}
+
+    def build(draft: Path) -> None:
+        draft.mkdir()
+        with running_registry(draft.parent, "127.0.0.1", free_port(), draft, readonly=False) as registry:
+            for name, file in files.items():
+                registry.push_program(name, file)
+
+    versions = sorted(f"{name}-{program.version}" for name, program in programs.items())
+    content = json.dumps([versions, Path(__file__).read_text()])  # and how a program becomes an image
+    return keep(f"registry-{hashlib.sha256(content.encode()).hexdigest()[:12]}", build)
+
+
 @contextmanager
-def running_registry(folder: Path, host: str, port: int) -> Iterator[Registry]:
-    """A registry on an address of this host; gone afterwards, with what it held."""
+def running_registry(folder: Path, host: str, port: int, storage: Path, *, readonly: bool = True) -> Iterator[Registry]:
+    """A registry on an address of this host, with what ``storage`` holds; gone afterwards."""
     chain, key = make_certificate(folder, f"IP:{host}")
     config = folder / "config.yml"
     address = f"{host}:{port}"
-    config.write_text(_CONFIG.format(storage=folder / "storage", address=address, certificate=chain, key=key))
+    told = {"storage": storage, "readonly": json.dumps(readonly), "certificate": chain, "key": key}
+    config.write_text(_CONFIG.format(address=address, **told))
     with (folder / "registry.log").open("wb") as log:
         environment = {**os.environ, "OTEL_TRACES_EXPORTER": "none"}  # it would look for a collector
         process = subprocess.Popen(["docker-registry", "serve", config], env=environment, stdout=log, stderr=log)
