@@ -72,15 +72,18 @@ def has_pip(python: str) -> bool:
 
 
 def split_requirements(texts: "list[str]", parts: int) -> "list[str]":
-    """The requirements of several files as so many other ones, each package in one of them alone: the last file's."""
-    by_name: "dict[str, str]" = {}
+    """The requirements of several files as so many other ones, all that is said of a package in one of them alone.
+
+    Of one package there may be several: for other Pythons, and in one file for other systems than in another.
+    """
+    by_name: "dict[str, list[str]]" = {}
     for text in texts:
-        of_this_file: "dict[str, str]" = {}  # perhaps several for one name, each for other Pythons
         for requirement in re.findall(r"^\w(?:\\\n|.)*", text, re.MULTILINE):
-            name = requirement.split("==")[0]
-            of_this_file[name] = of_this_file.get(name, "") + requirement + "\n"
-        by_name.update(of_this_file)
-    largest_first = sorted(by_name.values(), key=len, reverse=True)  # those with many hashes are large by themselves
+            told = by_name.setdefault(requirement.split("==")[0], [])
+            if requirement not in told:
+                told.append(requirement)
+    # Those with many hashes are large by themselves.
+    largest_first = sorted(("\n".join(told) + "\n" for told in by_name.values()), key=len, reverse=True)
     return ["".join(largest_first[part::parts]) for part in range(parts)]
 
 

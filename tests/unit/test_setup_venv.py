@@ -26,12 +26,12 @@ def test_each_package_is_installed_by_one_of_them_with_all_its_hashes() -> None:
     assert _hashes(parts) == _hashes(texts)
 
 
-def test_of_two_files_the_last_one_s_pins_hold_with_their_conditions() -> None:
-    first = "# a comment\none==1 \\\n    --hash=sha256:aa\n"
-    pinned = "one==3 ; sys_platform == 'win32' \\\n    --hash=sha256:dd\n"
-    pinned += "one==2 ; sys_platform == 'linux' \\\n    --hash=sha256:bb \\\n    --hash=sha256:cc\n"
-    second = pinned + "    # via another\ntwo==1\n"
-    assert split_requirements([first, second], 1) == [pinned + "two==1\n"]
+def test_what_is_for_one_system_in_one_file_is_for_all_of_them_if_another_says_so() -> None:
+    """As cffi is, which a test's library needs on Windows and the scripts need everywhere."""
+    everywhere = "one==2 \\\n    --hash=sha256:bb \\\n    --hash=sha256:cc\n"
+    elsewhere = "one==2 ; sys_platform == 'win32' \\\n    --hash=sha256:bb \\\n    --hash=sha256:cc\n"
+    first, second = "# a comment\n" + everywhere, "two==1\n" + elsewhere + "    # via another\n"
+    assert split_requirements([first, second, first], 1) == [everywhere + elsewhere + "two==1\n"]
 
 
 def test_a_package_alone_leaves_nothing_to_the_other_one() -> None:
