@@ -21,7 +21,7 @@ from typing import Any
 import requests
 
 from tests.ports import free_port
-from tests.programs import Program, keep, obtain
+from tests.programs import Program, forget_old, keep, obtain
 
 _CONFIG = """version: 0.1
 storage: {{filesystem: {{rootdirectory: {storage}}}, maintenance: {{readonly: {{enabled: {readonly}}}}}}}
@@ -31,6 +31,7 @@ http:
 log: {{level: error}}
 """
 _START_TIMEOUT_S = 20.0
+_KEPT = 2  # somebody may be using the one before
 _MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 
 
@@ -124,7 +125,9 @@ def kept_storage(programs: dict[str, Program]) -> Path:
 
     versions = sorted(f"{name}-{program.version}" for name, program in programs.items())
     content = json.dumps([versions, Path(__file__).read_text()])  # and how a program becomes an image
-    return keep(f"registry-{hashlib.sha256(content.encode()).hexdigest()[:12]}", build)
+    storage = keep(f"registry-{hashlib.sha256(content.encode()).hexdigest()[:12]}", build)
+    forget_old("registry-*", _KEPT)
+    return storage
 
 
 @contextmanager

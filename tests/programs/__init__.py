@@ -50,12 +50,32 @@ class ProgramMissing(Exception):
     """The program is not there and cannot be built; the message says what to install."""
 
 
+def find_kept(name: str) -> Path | None:
+    """What the user's cache has by that name, if it has it."""
+    path = _cache() / name
+    return path if path.exists() else None
+
+
+def forget_old(pattern: str, left: int) -> None:
+    """Removes of what the user's cache has by such names all but the newest."""
+    found = [each for each in _cache().glob(pattern) if each.suffix not in (".lock", ".building")]
+    for old in sorted(found, key=lambda each: each.stat().st_mtime)[:-left]:
+        if old.is_dir():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.unlink(missing_ok=True)
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mini-llm" / "programs"
+
+
 def keep(name: str, build: Callable[[Path], None]) -> Path:
     """What the user's cache has by that name: a file or a folder, which ``build`` makes once at the path it gets.
 
     What it needs beside that goes into the path's parent, which is removed. Raises what ``build`` raises.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mini-llm" / "programs"
+    cache = _cache()
     built = cache / name
     if built.exists():
         return built

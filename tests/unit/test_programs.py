@@ -1,10 +1,11 @@
 """What tests build once is there whole or not at all, and a build that was killed leaves nothing for good."""
 
+import os
 from pathlib import Path
 
 import pytest
 
-from tests.programs import ProgramMissing, keep
+from tests.programs import ProgramMissing, find_kept, forget_old, keep
 
 
 @pytest.fixture
@@ -53,3 +54,21 @@ def test_a_build_that_fails_leaves_nothing_and_is_tried_again(cache: Path) -> No
         draft.write_text("whole")
 
     assert keep("one-1", build).read_text() == "whole"
+
+
+def test_the_newest_are_left(cache: Path) -> None:
+    """By their time, whatever their names, files and folders; locks, drafts and what is called otherwise stay."""
+    for number in range(4):
+        kept = keep(f"image-{9 - number}", Path.mkdir if number % 2 else Path.touch)
+        os.utime(kept, (number, number))
+    (cache / "image-8.building").mkdir()
+    keep("traefik-3", Path.touch)
+    forget_old("image-*", 2)
+    left = sorted(each.name for each in cache.iterdir() if each.suffix != ".lock")
+    assert left == ["image-6", "image-7", "image-8.building", "traefik-3"]
+    assert len(list(cache.glob("*.lock"))) == 5
+
+
+def test_what_is_not_kept_is_not_found(cache: Path) -> None:
+    assert find_kept("one-1") is None
+    assert keep("one-1", Path.touch) == find_kept("one-1")
