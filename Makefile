@@ -13,8 +13,9 @@ ifneq ($(AS_OWNER),)
 export PYTHONDONTWRITEBYTECODE := 1
 GIVE_BACK = ; code=$$?; chown -R $(OWNER): .cache .pytest_cache 2>/dev/null; exit $$code
 endif
-TESTS ?= tests/unit tests/image tests/bake tests/service tests/local_cloud tests/nix
-# Servers that boot wait more than they work, so three files run beside each other; each worker takes the next one in this order.
+TESTS ?= tests/image tests/bake tests/local_cloud tests/service tests/nix tests/unit
+# Servers that boot wait more than they work, so three files run beside each other; each worker takes the next one in this order,
+# the long ones first, or one worker would end alone.
 SIDE_BY_SIDE := -n 3 --dist loadfile --no-loadscope-reorder
 # Programs that scripts/setup_host.py unpacked; what is installed comes first.
 export PATH := $(PATH):$(CURDIR)/.cache/debian/usr/bin
