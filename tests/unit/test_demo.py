@@ -6,12 +6,15 @@ import signal
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import cast
 
 import pytest
 
-from scripts.bake.errors import CloudFailed
+from scripts.bake.errors import CloudFailed, Refused
+from scripts.local_cloud.machine_interface import MachineFailed
 from scripts.local_cloud.machines.host import HostUnfit
 from tests import demo
+from tests.image.bakery import Bakery
 
 
 def refuse(message: str) -> Callable[[], None]:
@@ -101,7 +104,18 @@ def test_one_demo_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         assert (tmp_path / "cache" / "demo.lock").exists()
 
 
-@pytest.mark.parametrize("why", [demo.CannotRun, CloudFailed])
+def test_what_cannot_be_kept_ends_no_demo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is told; the next one bakes it again."""
+
+    def full(bakery: object) -> None:
+        raise MachineFailed("tar: no space left on device")
+
+    monkeypatch.setattr(demo, "keep_layers", full)
+    demo.keep_for_the_next(cast(Bakery, None))
+    assert "are not kept for the next demo: tar: no space left" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("why", [demo.CannotRun, CloudFailed, Refused, MachineFailed])
 def test_what_is_left_is_told_however_it_ended(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
