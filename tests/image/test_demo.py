@@ -8,7 +8,7 @@ import sys
 from tests.absent import did_not_run
 from tests.demo import CannotRun, check_machine
 from tests.image.harness import CONTAINERS, ROOT
-from tests.programs import PACKER, PACKER_PLUGIN_HCLOUD, ProgramMissing, obtain
+from tests.programs import PACKER, PACKER_PLUGIN_HCLOUD, ProgramMissing, list_kept, obtain
 
 _STEPS = [
     "What this machine has",
@@ -31,6 +31,7 @@ def test_the_demo(host: None, tools: None) -> None:
             obtain(program)  # the demo would build them too, but not within its time on a slow machine
     except (CannotRun, ProgramMissing) as error:
         did_not_run(error)
+    kept_before = list_kept("layers-*")
     command = [sys.executable, "-m", "tests.demo"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -42,5 +43,9 @@ def test_the_demo(host: None, tools: None) -> None:
     assert process.returncode == 0, said[-5000:] + trouble
     table = [line for line in said.partition("What was seen:\n")[2].splitlines() if re.search(r"\d s  ", line)]
     assert [step for step, line in zip(_STEPS, table, strict=True) if not line.startswith(step)] == []
+    # Either an earlier demo's layers were taken, or this one's are kept for the next.
+    taken = "are those of an earlier demo" in said
+    assert table[2].endswith("; baked: service" if taken else "; baked: model, base, stack, service")
+    assert taken or set(list_kept("layers-*")) - set(kept_before)
     assert re.search(r"  [1-9]\d* requests, 0 failed, 0 certificates ordered; ", table[6])
     assert table[8].endswith("left behind: nothing")

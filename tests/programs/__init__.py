@@ -56,10 +56,15 @@ def find_kept(name: str) -> Path | None:
     return path if path.exists() else None
 
 
+def list_kept(pattern: str) -> list[Path]:
+    """What the user's cache has by such names, the newest last; neither locks nor what is being built."""
+    found = [each for each in _cache().glob(pattern) if each.suffix not in (".lock", ".building")]
+    return sorted(found, key=lambda each: each.stat().st_mtime)
+
+
 def forget_old(pattern: str, left: int) -> None:
     """Removes of what the user's cache has by such names all but the newest."""
-    found = [each for each in _cache().glob(pattern) if each.suffix not in (".lock", ".building")]
-    for old in sorted(found, key=lambda each: each.stat().st_mtime)[:-left]:
+    for old in list_kept(pattern)[:-left]:
         if old.is_dir():
             shutil.rmtree(old, ignore_errors=True)
         else:
@@ -83,7 +88,7 @@ def keep(name: str, build: Callable[[Path], None]) -> Path:
     with (cache / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not built.exists():
-            print(f"building {name}, once; it takes minutes", file=sys.stderr, flush=True)
+            print(f"making {name}, once; it may take minutes", file=sys.stderr, flush=True)
             folder = cache / f"{name}.building"
             shutil.rmtree(folder, ignore_errors=True)  # of one that was killed
             folder.mkdir()
