@@ -12,7 +12,6 @@
 
 import json
 import select
-import signal
 import socket
 import threading
 import time
@@ -104,7 +103,7 @@ class WebWorker(ThreadWorker):
     on_bad_request: Callable[[int], None] = staticmethod(lambda status: None)
 
     def init_process(self) -> None:
-        self._exiting = False
+        self._exiting = self._quitting = False
         self._deadlines = _Deadlines()
         self._current = threading.local()
         self._lines = Log()
@@ -152,20 +151,21 @@ class WebWorker(ThreadWorker):
         self._deadlines.extend(conn.sock, self.body_timeout_s - self.header_timeout_s)
         return super().handle_request(req, conn)
 
+    # Signals come twice: a unit's stop and Ctrl-C reach all processes, and gunicorn hands them on. The second may
+    # interrupt the work on the first, in this same thread. It is let pass by these handlers, not by SIG_IGN: what had
+    # come already when that was set, Python reports as lost, with a traceback.
+
     def handle_exit(self, sig: int, frame: Any) -> None:
-        # A unit's stop signals all processes, and gunicorn hands it on: the second signal may interrupt the work on the
-        # first, in this same thread, and would wait for ever for the locks that it holds.
-        if self._exiting:
+        if self._exiting:  # it would wait for ever for the locks that the first one holds
             return
         self._exiting = True
         self.on_stopping()
         super().handle_exit(sig, frame)
 
     def handle_quit(self, sig: int, frame: Any) -> None:
-        # Ctrl-C reaches the whole group, and gunicorn hands it on: the second signal may interrupt the ending that the
-        # first one began, and answers that nobody cancels any more would be waited for.
-        for each in (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_IGN)
+        if self._quitting:  # the ending would be cut short, and answers that nobody cancels any more waited for
+            return
+        self._exiting = self._quitting = True
         # Not ThreadWorker's: it takes the pool's lock, which the work interrupted may hold, to end what ends anyway.
         Worker.handle_quit(self, sig, frame)
 

@@ -31,7 +31,8 @@ class Way:
 class Asked:
     """One request: what it was, how it ended (``ok``, or why not), how long it took, how many tokens it was given.
 
-    ``connect_s`` is the time until a new connection was there, with TLS; None for one that was there already.
+    ``connect_s`` is the time until a new connection was there, with TLS, ``tcp_s`` of it without; None for one that
+    was there already.
     """
 
     kind: str
@@ -41,6 +42,7 @@ class Asked:
     took_s: float
     tokens: int = 0
     connect_s: float | None = None
+    tcp_s: float | None = None
 
 
 @dataclass
@@ -75,7 +77,8 @@ class Load:
             command += [] if body is None else ["-H", "Content-Type: application/json", "-d", body]
             command += [
                 "-w",
-                "%{http_code} %{http_version} %{num_connects} %{time_appconnect} %{time_total} %{exitcode}\n",
+                "%{http_code} %{http_version} %{num_connects} %{time_connect} %{time_appconnect} %{time_total}"
+                " %{exitcode}\n",
             ]
             for output in outputs:
                 command += ["-o", str(output), f"https://{self.domain}{path}"]
@@ -102,10 +105,10 @@ class Load:
         except Exception as error:  # whatever it was, the client did not get its answer
             tokens, end = 0, f"{type(error).__name__}: {error}"[:200]
         now_s = time.monotonic()
-        connected_s = connecting.get("connection.start_tls.complete")
-        begun_s = connecting.get("connection.connect_tcp.started")
-        connect_s = connected_s - begun_s if connected_s and begun_s else None
-        self.seen.append(Asked(kind, way, end, began_s, now_s - began_s, tokens, connect_s))
+        begun_s = connecting.get("connection.connect_tcp.started", now_s)
+        done_s = [connecting.get(f"connection.{step}.complete") for step in ("start_tls", "connect_tcp")]
+        connect_s, tcp_s = (None if each_s is None else each_s - begun_s for each_s in done_s)
+        self.seen.append(Asked(kind, way, end, began_s, now_s - began_s, tokens, connect_s, tcp_s))
 
     def _repeat(self, over: threading.Event, kind: str, way: Way, every_s: float, send: Callable[..., int]) -> None:
         client = self._client(way)
@@ -153,6 +156,13 @@ class Load:
         for one in self.failed():
             print(f"{one.began_s - start_s:.2f} + {one.took_s:.2f} s: {one.kind} {one.way} {one.end}")
 
+    def print_slow(self, start_s: float) -> None:
+        """Each new connection of more than a second, likewise: what TCP took of it, and the request as a whole."""
+        for one in self.seen:
+            if one.connect_s is not None and one.connect_s > 1.0:
+                times = f"TCP {one.tcp_s:.2f} s, with TLS {one.connect_s:.2f} s, in all {one.took_s:.2f} s"
+                print(f"{one.began_s - start_s:.2f} s: {one.kind} {one.way} {times}")
+
     def describe(self) -> str:
         """What is to be seen of it in one line a kind."""
         lines = []
@@ -192,7 +202,7 @@ def read_stream(text: str) -> int:
 
 def _read_curl(kind: str, way: Way, began_s: float, line: str, output: Path) -> Asked:
     """One line of what curl was told to say."""
-    status, version, connects, connected_s, took_s, code = line.split()
+    status, version, connects, tcp_s, connected_s, took_s, code = line.split()
     tokens, end = 0, "ok"
     if (status, code, version) != ("200", "0", "2"):
         end = f"status {status}, HTTP/{version}, curl ends with {code}"
@@ -201,8 +211,8 @@ def _read_curl(kind: str, way: Way, began_s: float, line: str, output: Path) -> 
             tokens = read_stream(output.read_text())
         except ValueError as error:
             end = str(error)
-    connect_s = float(connected_s) if connects != "0" else None
-    return Asked(kind, way, end, began_s, float(took_s), tokens, connect_s)
+    times_s = (float(connected_s), float(tcp_s)) if connects != "0" else (None, None)
+    return Asked(kind, way, end, began_s, float(took_s), tokens, *times_s)
 
 
 def make_stream(tokens: int) -> Callable[..., int]:

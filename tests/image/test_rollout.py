@@ -163,6 +163,7 @@ def test_rollouts_under_load(cloud: LocalCloud, talkative_image: BoundImage, pro
             time.sleep(5)
         print(load.describe())
         load.print_failed(start_s)
+        load.print_slow(start_s)
         print("rollouts:", ", ".join(f"{each:.1f} s" for each in took_s))
         logs = "/var/lib/mini-llm/audit/*.jsonl /var/lib/mini-llm/audit-before/*/*.jsonl"
         odd = f"""cat {logs} | grep '"ended"' | grep -v '"outcome":"\\(stop\\|length\\)"' || true"""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import psutil
+import pytest
 
 from tests.absent import did_not_run
 from tests.ports import free_port
@@ -105,6 +106,24 @@ def test_ctrl_c_ends_everything(tmp_path: Path) -> None:
         _, alive = psutil.wait_procs(family, timeout=5)
         assert not alive
         assert not any("Traceback" in line for line in terminal.lines)
+
+
+@pytest.mark.parametrize("order", [(signal.SIGINT, signal.SIGQUIT), (signal.SIGTERM, signal.SIGINT)])
+def test_signals_that_come_at_once_are_one_ending(tmp_path: Path, order: tuple[signal.Signals, ...]) -> None:
+    """As on a busy machine: a signal and the one gunicorn hands on are both there before the first is dealt with."""
+    with serving(tmp_path, free_port()) as terminal:
+        terminal.wait_line("curl -s")
+        family = psutil.Process(terminal.process.pid).children(recursive=True)
+        worker = next(one for one in family if "gunicorn" in " ".join(one.cmdline()))
+        worker.suspend()
+        for each in order:
+            worker.send_signal(each)
+        terminal.process.send_signal(signal.SIGINT)
+        worker.resume()
+        assert terminal.process.wait(10) == 0
+        _, alive = psutil.wait_procs(family, timeout=5)
+        assert not alive
+    assert not any("Traceback" in line or "Signal" in line for line in terminal.lines)
 
 
 def test_own_model_is_recorded_once_in_a_visible_step(tmp_path: Path) -> None:
