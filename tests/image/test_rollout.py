@@ -203,6 +203,7 @@ def test_a_rollout_without_terraform(cloud: LocalCloud, talkative_image: BoundIm
             made.roll_out()
             issued, names = orders(server), {made.outputs()["node"]["name"]}
             load = Load(DOMAIN, KEYS["alice"], root)
+            begin_s = time.monotonic()
             with load.running(_STREAM_TOKENS, ways(told["ipv4_address"], told["ipv6_address"])):
                 time.sleep(3)
                 for name in ("berta", "carla"):
@@ -210,6 +211,7 @@ def test_a_rollout_without_terraform(cloud: LocalCloud, talkative_image: BoundIm
                     names.add(made.outputs()["node"]["name"])
                 time.sleep(3)
             print(load.describe())
+            load.print_slow(begin_s)
             assert load.failed() == []
             assert max(one.connect_s for one in load.seen if one.connect_s is not None) <= 2.0
             assert len(names) == 3
