@@ -85,15 +85,19 @@ def test_opened_twice_it_remembers_what_was_before_the_first(settings: Path, tmp
     assert kernel.rules["-4"] == {0: "local", 32766: "main"}
 
 
-def test_the_old_end_leads_nothing_until_told(settings: Path, tmp_path: Path) -> None:
-    """Then what is sent under the address, but not what goes to this node itself; at the end the rule goes too."""
+def test_the_old_end_leads_little_until_told(settings: Path, tmp_path: Path) -> None:
+    """Answers to who came through it; then all that is sent under the address, but not what goes to this node."""
     kernel, memory = Kernel(), tmp_path / "memory"
-    tunnel.open_old(ENDS, memory, kernel.ask)
-    assert tunnel.TABLE not in kernel.rules["-4"].values()
+    tunnel.open_old(ENDS, ["203.0.113.5", "2001:db8::1"], memory, kernel.ask)
+    for family, address in (("-4", "203.0.113.5"), ("-6", "2001:db8::1")):
+        assert kernel.rules[family] == {0: "local", 19999: tunnel.TABLE, 32766: "main"}
+        words = f"rule add from {address} fwmark {tunnel._MARK} lookup {tunnel.TABLE} priority 19999"
+        assert f"{family} {words}" in kernel.asked
     kernel.ask(["ip", *tunnel.moved_command("203.0.113.5").split()])
-    assert kernel.rules["-4"] == {0: "local", 20000: tunnel.TABLE, 32766: "main"}
+    assert kernel.rules["-4"] == {0: "local", 19999: tunnel.TABLE, 20000: tunnel.TABLE, 32766: "main"}
     tunnel.close(memory, kernel.ask)
-    assert kernel.rules["-4"] == {0: "local", 32766: "main"}
+    for family in ("-4", "-6"):
+        assert kernel.rules[family] == {0: "local", 32766: "main"}
 
 
 def test_only_unknown_flows_of_the_addresses_are_handed_on() -> None:

@@ -320,7 +320,7 @@ class Handler(BaseHTTPRequestHandler):
         self._tell({})
 
     def _moved(self) -> None:
-        ready = f"lookup {tunnel.TABLE}"
+        ready = f"{tunnel.MOVED_PRIORITY}:"
         for address in self.places.addresses.read_text().split():
             told = address in self._body["addresses"]
             known = tunnel.run(["ip", tunnel.family_of(address), "rule", "show", "from", address])

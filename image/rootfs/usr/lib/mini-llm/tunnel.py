@@ -4,8 +4,9 @@ A floating address moves at once, and with it the packets of all connections tha
 never seen them. It hands packets of unknown flows to the old node, which answers by way of the new one, the only one
 that may send under the address by then. Large load balancers call it a second chance for unknown flows.
 
-``python3 tunnel.py OWN PEER LEASE`` keeps the old node's end open, between two private addresses, as long as somebody
-touches the file LEASE once a minute; ``python3 tunnel.py close`` takes away what an end that was killed has left.
+``python3 tunnel.py OWN PEER LEASE ADDRESSES`` keeps the old node's end open, between two private addresses, as long as
+somebody touches the file LEASE once a minute; the file ADDRESSES lists those that move. ``python3 tunnel.py close``
+takes away what an end that was killed has left.
 """
 
 import os
@@ -21,6 +22,7 @@ INTERFACE = "rollout"
 _MTU = 1400  # of the private network's 1450, without the tunnel's own headers
 _VXLAN_ID, _VXLAN_PORT = 7, 4789
 TABLE, _MARK = "107", "0x4d4c"
+_HEARD_PRIORITY, MOVED_PRIORITY = 19999, 20000
 # Inside the tunnel: the old node's end and the new one's.
 _OLD, _NEW = ("169.254.77.1", "fe80::77:1"), ("169.254.77.2", "fe80::77:2")
 _LEASE_S = 60.0
@@ -71,9 +73,16 @@ def _link_commands(ends: Ends, inside: tuple[str, str], other: tuple[str, str]) 
     yield f"-6 route replace default via {other[1]} dev {INTERFACE} table {TABLE}"
 
 
-def old_commands(ends: Ends) -> list[str]:
-    """Words for ``ip``: the old node's end. Nothing leads through it yet."""
-    return list(_link_commands(ends, _OLD, _NEW))
+def old_commands(ends: Ends, addresses: Iterable[str]) -> list[str]:
+    """Words for ``ip``: the old node's end. What is marked goes through it, of what is sent under these addresses.
+
+    Not all that is marked: the tunnel's own packets carry the mark on.
+    """
+    marked = f"fwmark {_MARK} lookup {TABLE} priority {_HEARD_PRIORITY}"
+    return [
+        *_link_commands(ends, _OLD, _NEW),
+        *(f"{family_of(address)} rule add from {address} {marked}" for address in addresses),
+    ]
 
 
 def new_commands(ends: Ends, link: str) -> list[str]:
@@ -101,7 +110,29 @@ def closing_commands(rules: str, family: str) -> list[str]:
 
 def moved_command(address: str) -> str:
     """Words for ``ip`` on the old node: answers under an address that has moved go through the tunnel."""
-    return f"{family_of(address)} rule add from {address} lookup {TABLE} priority 20000"
+    return f"{family_of(address)} rule add from {address} lookup {TABLE} priority {MOVED_PRIORITY}"
+
+
+def render_answer() -> str:
+    """The old node's table: who is heard through the tunnel is answered through it, without being told to.
+
+    The address has moved then. Until the new node has said so, what is sent under it from here is lost, and a
+    handshake that the move came into would wait for its client's second or third try.
+    """
+    lines = [
+        "table inet rollout",
+        "delete table inet rollout",
+        "table inet rollout {",
+        "chain prerouting {",
+        "type filter hook prerouting priority mangle; policy accept;",
+        f'iifname "{INTERFACE}" ct mark set {_MARK}',
+        "}",
+        "chain output {",
+        "type route hook output priority mangle; policy accept;",
+        f"ct direction reply ct mark {_MARK} meta mark set ct mark",
+        "}",
+    ]
+    return "\n".join([*lines, "}", ""])
 
 
 def render_watch(link: str, addresses: Iterable[str], hand_on: bool) -> str:
@@ -176,14 +207,15 @@ def _permit(peer: str, ask: Run) -> None:
     ask(["nft", "-f", "-"], f"flush set inet node peers\nadd element inet node peers {{ {peer} }}\n")
 
 
-def open_old(ends: Ends, memory: Path, ask: Run = run) -> None:
+def open_old(ends: Ends, addresses: Iterable[str], memory: Path, ask: Run = run) -> None:
     """Opens the old node's end; raises OSError, SubprocessError."""
     _clear(ask)
     _set(_BOTH, memory)
     _permit(ends.peer, ask)
-    for words in old_commands(ends):
+    for words in old_commands(ends, addresses):
         ask(["ip", *words.split()], "")
     _set({f"ipv4/conf/{INTERFACE}/rp_filter": "0"})
+    ask(["nft", "-f", "-"], render_answer())
 
 
 def open_new(ends: Ends, link: str, addresses: Iterable[str], memory: Path, ask: Run = run) -> None:
@@ -249,9 +281,9 @@ def tell_ready() -> None:
             telling.send(b"READY=1")
 
 
-def keep_open(ends: Ends, lease: Path, memory: Path) -> None:
+def keep_open(ends: Ends, lease: Path, addresses: Path, memory: Path) -> None:
     """The old node's end, until nobody wants it any more."""
-    open_old(ends, memory)
+    open_old(ends, addresses.read_text().split(), memory)
     tell_ready()
     print(f"the tunnel to {ends.peer} is open")
     while time.time() - lease.stat().st_mtime < _LEASE_S:
@@ -266,5 +298,5 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["close"]:
         close(MEMORY)
     else:
-        own, peer, lease = sys.argv[1:]
-        keep_open(Ends(own, peer), Path(lease), MEMORY)
+        own, peer, lease, addresses = sys.argv[1:]
+        keep_open(Ends(own, peer), Path(lease), Path(addresses), MEMORY)
