@@ -20,12 +20,14 @@ _ROOTFS = ROOT / "image" / "rootfs"
 _RANGE, _FLOATING = "198.51.100.0/24", ("198.51.100.200", "fd4d:4c4c:4d:ff::1")
 _OLD, _NEW = 1, 2
 _PORT = 443
-# Repeats what it is sent, and says who it is; a number gets as many bytes.
+# Repeats what it is sent, and says who it is; a number gets as many bytes, and "later" its answer after a second.
 _SERVER = f"""
 import asyncio, sys
 
 async def serve(reader, writer):
     while line := (await reader.readline()).decode().strip():
+        if line == "later":
+            await asyncio.sleep(1)
         writer.write(b"x" * int(line) if line.isdigit() else f"{{sys.argv[1]}} {{line}}\\n".encode())
 
 async def main():
@@ -125,20 +127,28 @@ def _say(connection: socket.socket, word: str) -> str:
 
 
 @pytest.mark.parametrize("address", _FLOATING)
-def test_who_is_heard_through_the_tunnel_is_answered_through_it(network: Network, tmp_path: Path, address: str) -> None:
-    """At once, before the old node is told that its addresses have moved: a handshake in flight is not stalled."""
-    with socket.create_connection((address, _PORT), timeout=5) as begun:
+def test_an_address_that_is_heard_through_the_tunnel_answers_through_it(
+    network: Network, tmp_path: Path, address: str
+) -> None:
+    """At once, before the old node is told that it has moved: a handshake in flight goes on, and so does who waits."""
+    with ExitStack() as leaving:
+        begun, waiting = (
+            leaving.enter_context(socket.create_connection((address, _PORT), timeout=5)) for _ in range(2)
+        )
         assert _say(begun, "one") == "old one"
         _open_ends(network, tmp_path)
         assert _say(begun, "two") == "old two"  # nothing has moved yet
+        waiting.sendall(b"later\n")
         _lead(network, _NEW)
-        begun.settimeout(1.0)
+        for each in (begun, waiting):
+            each.settimeout(2.0)
         start_s = time.monotonic()
         assert _say(begun, "three") == "old three"
         print(f"answered after {time.monotonic() - start_s:.3f} s")
+        assert waiting.recv(100) == b"old later\n"
         begun.sendall(b"200000\n")  # more than a packet of the tunnel holds
         left = 200_000
         while left:
             left -= len(begun.recv(left))
-        with socket.create_connection((address, _PORT), timeout=5) as other:
-            assert _say(other, "four") == "new four"
+        new = leaving.enter_context(socket.create_connection((address, _PORT), timeout=5))
+        assert _say(new, "four") == "new four"

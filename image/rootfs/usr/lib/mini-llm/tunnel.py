@@ -22,7 +22,8 @@ INTERFACE = "rollout"
 _MTU = 1400  # of the private network's 1450, without the tunnel's own headers
 _VXLAN_ID, _VXLAN_PORT = 7, 4789
 TABLE, _MARK = "107", "0x4d4c"
-_HEARD_PRIORITY, MOVED_PRIORITY = 19999, 20000
+_MARKED_PRIORITY, MOVED_PRIORITY = 19999, 20000
+_FAMILIES = (("ip", 4), ("ip6", 6))
 # Inside the tunnel: the old node's end and the new one's.
 _OLD, _NEW = ("169.254.77.1", "fe80::77:1"), ("169.254.77.2", "fe80::77:2")
 _LEASE_S = 60.0
@@ -78,7 +79,7 @@ def old_commands(ends: Ends, addresses: Iterable[str]) -> list[str]:
 
     Not all that is marked: the tunnel's own packets carry the mark on.
     """
-    marked = f"fwmark {_MARK} lookup {TABLE} priority {_HEARD_PRIORITY}"
+    marked = f"fwmark {_MARK} lookup {TABLE} priority {_MARKED_PRIORITY}"
     return [
         *_link_commands(ends, _OLD, _NEW),
         *(f"{family_of(address)} rule add from {address} {marked}" for address in addresses),
@@ -114,22 +115,24 @@ def moved_command(address: str) -> str:
 
 
 def render_answer() -> str:
-    """The old node's table: who is heard through the tunnel is answered through it, without being told to.
+    """The old node's table: once something comes through the tunnel, what is sent under that address goes there too.
 
-    The address has moved then. Until the new node has said so, what is sent under it from here is lost, and a
+    The address has moved then. Until the new node has said so, what is sent under it from here would be lost, and a
     handshake that the move came into would wait for its client's second or third try.
     """
     lines = [
         "table inet rollout",
         "delete table inet rollout",
         "table inet rollout {",
+        "set moved_4 { type ipv4_addr; flags dynamic; size 4; }",
+        "set moved_6 { type ipv6_addr; flags dynamic; size 4; }",
         "chain prerouting {",
         "type filter hook prerouting priority mangle; policy accept;",
-        f'iifname "{INTERFACE}" ct mark set {_MARK}',
+        *(f'iifname "{INTERFACE}" update @moved_{number} {{ {ip} daddr }}' for ip, number in _FAMILIES),
         "}",
         "chain output {",
         "type route hook output priority mangle; policy accept;",
-        f"ct direction reply ct mark {_MARK} meta mark set ct mark",
+        *(f"{ip} saddr @moved_{number} meta mark set {_MARK}" for ip, number in _FAMILIES),
         "}",
     ]
     return "\n".join([*lines, "}", ""])
