@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.bake.answers import given
-from tests.bake.harness import Bench, Done, Running, commit, running_bench
+from tests.bake.harness import Bench, Done, Running, commit, parse_pattern, running_bench
 
 SEED = 7
 _MOMENTS = 20
@@ -514,7 +514,8 @@ def summarize(outcomes: list[Outcome]) -> str:
 def main(arguments: list[str]) -> int:
     """Runs the cases, several at a time, each on a cloud of its own."""
     parser = argparse.ArgumentParser(prog="python -m tests.bake.fault_plan", description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="a regular expression; only cases whose group or name have it")
+    only_help = "a regular expression; only cases whose group and name have it"
+    parser.add_argument("--only", type=parse_pattern, default="", help=only_help)
     parser.add_argument("--jobs", type=int, default=2, help="cases at a time (default 2)")
     parser.add_argument("--seed", type=int, default=SEED, help=f"of the random moments (default {SEED})")
     parser.add_argument("--lasts", type=float, default=_LASTS_S, help="seconds of each action, where they last long")
@@ -535,9 +536,10 @@ def main(arguments: list[str]) -> int:
             f"seed {options.seed}",
             flush=True,
         )
-        pattern = re.compile(options.only)
         every = list_cases(clean, options.seed, options.lasts)
-        chosen = [case for case in every if pattern.search(f"{case.group}: {case.name}")]
+        chosen = [case for case in every if options.only.search(f"{case.group}: {case.name}")]
+        if not chosen:
+            parser.error(f"--only {options.only.pattern!r}: no case has it; --list names them")
         if options.list:
             for site in clean.sites:
                 print(f"site {site} ({site.count})")

@@ -1,5 +1,6 @@
 """Owns what the tests of the bake share: a small tree to bake, the program itself, and a look at what was left."""
 
+import argparse
 import json
 import os
 import re
@@ -34,6 +35,14 @@ _COPIED = (
 )
 _LONGEST_S = 300.0
 _PROGRAM = ("scripts/bake.py",)
+
+
+def parse_pattern(text: str) -> re.Pattern[str]:
+    """What ``--only`` of a fault plan takes; argparse would not tell what is wrong with it."""
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from error
 
 
 def make_tree(folder: Path, misbehave: str = "") -> Path:

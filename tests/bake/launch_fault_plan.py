@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.bake.harness import Bench, running_bench
+from tests.bake.harness import Bench, parse_pattern, running_bench
 from tests.image.harness import DOMAIN
 from tests.image.launch import KEYS, Deployment, api_key, deployment
 from tests.image.registry import make_certificate
@@ -176,7 +176,8 @@ def list_cases(clean: Clean) -> list[Case]:
 def main(words: list[str]) -> int:
     """Runs the plan; prints what became of each case."""
     parser = argparse.ArgumentParser(prog="launch_fault_plan", description=__doc__)
-    parser.add_argument("--only", default="", help="a regular expression that a case's group and name must match")
+    only_help = "a regular expression; only cases whose group and name have it"
+    parser.add_argument("--only", type=parse_pattern, default="", help=only_help)
     options = parser.parse_args(words)
     program = shutil.which("terraform") or shutil.which("tofu")
     if program is None:
@@ -187,7 +188,9 @@ def main(words: list[str]) -> int:
         with running_bench(folder) as bench, running_stage(bench, folder, program) as stage:
             clean = record(stage)
             print(f"a clean rollout: {clean.took_s:.1f} s, {sum(site.count for site in clean.sites)} calls", flush=True)
-            cases = [case for case in list_cases(clean) if re.search(options.only, f"{case.group}: {case.name}")]
+            cases = [case for case in list_cases(clean) if options.only.search(f"{case.group}: {case.name}")]
+            if not cases:
+                parser.error(f"--only {options.only.pattern!r}: no case has it")
             for case in cases:
                 begin_s = time.monotonic()
                 wrong = case.run(stage)
