@@ -54,6 +54,15 @@ if which == "old":
 else:
     tunnel.open_new(ends, "eth0", addresses, Path(memory), ask)
 """
+_STRAY = """
+import socket, sys
+for family, address in ((socket.AF_INET, sys.argv[1]), (socket.AF_INET6, sys.argv[2] + "%rollout")):
+    with socket.socket(family, socket.SOCK_DGRAM) as stray:
+        stray.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"rollout")
+        stray.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        stray.connect((address, 9))
+        stray.send(b"")
+"""
 
 
 def _inside(number: int) -> str:
@@ -138,6 +147,21 @@ def test_an_address_that_is_heard_through_the_tunnel_answers_through_it(
         assert _say(begun, "one") == "old one"
         _open_ends(network, tmp_path)
         assert _say(begun, "two") == "old two"  # nothing has moved yet
+        inside = network.server_namespace(_NEW)
+        for number in range(10):  # whatever else comes through: neighbours are asked for, a stray packet
+            run(
+                [
+                    "ip",
+                    "netns",
+                    "exec",
+                    inside,
+                    sys.executable,
+                    "-c",
+                    _STRAY,
+                    f"169.254.77.{number + 4}",
+                    f"fe80::{number + 4}",
+                ]
+            )
         waiting.sendall(b"later\n")
         _lead(network, _NEW)
         for each in (begun, waiting):

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,6 @@ _MTU = 1400  # of the private network's 1450, without the tunnel's own headers
 _VXLAN_ID, _VXLAN_PORT = 7, 4789
 TABLE, _MARK = "107", "0x4d4c"
 _MARKED_PRIORITY, MOVED_PRIORITY = 19999, 20000
-_FAMILIES = (("ip", 4), ("ip6", 6))
 # Inside the tunnel: the old node's end and the new one's.
 _OLD, _NEW = ("169.254.77.1", "fe80::77:1"), ("169.254.77.2", "fe80::77:2")
 _LEASE_S = 60.0
@@ -114,12 +113,17 @@ def moved_command(address: str) -> str:
     return f"{family_of(address)} rule add from {address} lookup {TABLE} priority {MOVED_PRIORITY}"
 
 
-def render_answer() -> str:
+def render_answer(addresses: Iterable[str]) -> str:
     """The old node's table: once something comes through the tunnel, what is sent under that address goes there too.
 
     The address has moved then. Until the new node has said so, what is sent under it from here would be lost, and a
     handshake that the move came into would wait for its client's second or third try.
     """
+    heard, sent = [], []
+    for address in addresses:
+        ip, number = ("ip6", 6) if ":" in address else ("ip", 4)
+        heard.append(f'iifname "{INTERFACE}" {ip} daddr {address} update @moved_{number} {{ {ip} daddr }}')
+        sent.append(f"{ip} saddr {address} {ip} saddr @moved_{number} meta mark set {_MARK}")
     lines = [
         "table inet rollout",
         "delete table inet rollout",
@@ -128,11 +132,11 @@ def render_answer() -> str:
         "set moved_6 { type ipv6_addr; flags dynamic; size 4; }",
         "chain prerouting {",
         "type filter hook prerouting priority mangle; policy accept;",
-        *(f'iifname "{INTERFACE}" update @moved_{number} {{ {ip} daddr }}' for ip, number in _FAMILIES),
+        *heard,
         "}",
         "chain output {",
         "type route hook output priority mangle; policy accept;",
-        *(f"{ip} saddr @moved_{number} meta mark set {_MARK}" for ip, number in _FAMILIES),
+        *sent,
         "}",
     ]
     return "\n".join([*lines, "}", ""])
@@ -210,7 +214,7 @@ def _permit(peer: str, ask: Run) -> None:
     ask(["nft", "-f", "-"], f"flush set inet node peers\nadd element inet node peers {{ {peer} }}\n")
 
 
-def open_old(ends: Ends, addresses: Iterable[str], memory: Path, ask: Run = run) -> None:
+def open_old(ends: Ends, addresses: Sequence[str], memory: Path, ask: Run = run) -> None:
     """Opens the old node's end; raises OSError, SubprocessError."""
     _clear(ask)
     _set(_BOTH, memory)
@@ -218,7 +222,7 @@ def open_old(ends: Ends, addresses: Iterable[str], memory: Path, ask: Run = run)
     for words in old_commands(ends, addresses):
         ask(["ip", *words.split()], "")
     _set({f"ipv4/conf/{INTERFACE}/rp_filter": "0"})
-    ask(["nft", "-f", "-"], render_answer())
+    ask(["nft", "-f", "-"], render_answer(addresses))
 
 
 def open_new(ends: Ends, link: str, addresses: Iterable[str], memory: Path, ask: Run = run) -> None:
