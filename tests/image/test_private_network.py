@@ -1,7 +1,6 @@
 """A node and its private networks: known to the filter under any name, from the boot on or late, and configured."""
 
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from scripts.bake.answers import given
 from scripts.local_cloud.machines.network import tag_of
 from scripts.local_cloud.machines.private_networks import link_name
 from tests.image.harness import Node, node
-from tests.local_cloud.harness import LocalCloud
+from tests.local_cloud.harness import LocalCloud, running_inside
 
 RANGE = "10.9.0.0/16"
 DHCP_SERVER = Path(__file__).with_name("dhcp.py")
@@ -62,14 +61,8 @@ def running_dhcp_server(cloud: LocalCloud, own: Node, network: BoundNetwork, add
     """At the network's end of the node's link; the local cloud itself has none."""
     namespace = f"mlc-{tag_of(cloud.state)}-n{network.id}"
     words = [sys.executable, str(DHCP_SERVER), link_name(given(own.server.id)), "10.9.0.1", address, RANGE]
-    command = ["ip", "netns", "exec", namespace, *words]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            assert server.stdout is not None
-            assert server.stdout.readline() == "listening\n"
-            yield
-        finally:
-            server.terminate()
+    with running_inside(namespace, words, "listening"):
+        yield
 
 
 def test_the_filter_knows_private_networks(

@@ -2,11 +2,10 @@
 
 import secrets
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -15,11 +14,13 @@ from scripts.local_cloud.machine_interface import MachineSpec, PrivateLink
 from scripts.local_cloud.machines.host import run, run_ip
 from scripts.local_cloud.machines.network import Network
 from tests.image.harness import ROOT
+from tests.local_cloud.harness import running_inside
 
 _ROOTFS = ROOT / "image" / "rootfs"
 _RANGE, _FLOATING = "198.51.100.0/24", ("198.51.100.200", "fd4d:4c4c:4d:ff::1")
 _OLD, _NEW = 1, 2
 _PORT = 443
+_SETTINGS = "cd /proc/sys/net; grep -s . ipv4/ip_forward ipv[46]/conf/all/forwarding netfilter/nf_conntrack_tcp_loose"
 # Repeats what it is sent, and says who it is; a number gets as many bytes, and "later" its answer after a second.
 _SERVER = f"""
 import asyncio, sys
@@ -47,21 +48,22 @@ import tunnel
 def ask(command, text=""):
     return "" if command[0] in ("iptables", "ip6tables") else tunnel.run(command, text)
 
-which, own, peer, memory, *addresses = sys.argv[1:]
+what, own, peer, memory, *addresses = sys.argv[1:]
 ends = tunnel.Ends(own, peer)
-if which == "old":
+if what == "old":
     tunnel.open_old(ends, addresses, Path(memory), ask)
-else:
+elif what == "new":
     tunnel.open_new(ends, "eth0", addresses, Path(memory), ask)
+else:
+    tunnel.close(Path(memory), ask)
 """
+# Neighbours are asked for in a dozen groups.
 _STRAY = """
-import socket, sys
-for family, address in ((socket.AF_INET, sys.argv[1]), (socket.AF_INET6, sys.argv[2] + "%rollout")):
-    with socket.socket(family, socket.SOCK_DGRAM) as stray:
+import socket
+for number in range(4, 16):
+    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as stray:
         stray.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"rollout")
-        stray.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
-        stray.connect((address, 9))
-        stray.send(b"")
+        stray.sendto(b"", (f"fe80::{number}%rollout", 9))
 """
 
 
@@ -89,21 +91,10 @@ def _add_node(network: Network, number: int) -> str:
         "route add default via fe80::1 dev eth0",
         namespace=namespace,
     )
+    run(["ip", "netns", "exec", namespace, "sysctl", "-q", "net.ipv4.ip_forward=1"])  # as Docker does
     run(["ip", "netns", "exec", namespace, "nft", "-f", str(_ROOTFS / "etc/nftables.conf")])
     run(["ip", "netns", "exec", namespace, "nft", "add element inet node private { enp7s0 }"])
     return namespace
-
-
-@contextmanager
-def _serving(namespace: str, name: str) -> Iterator[None]:
-    command = ["ip", "netns", "exec", namespace, sys.executable, "-c", _SERVER, name]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "listens\n"
-            yield
-        finally:
-            process.kill()
 
 
 @pytest.fixture
@@ -114,7 +105,8 @@ def network() -> Iterator[Network]:
         leaving.callback(made.close)
         made.open()
         for number, name in ((_OLD, "old"), (_NEW, "new")):
-            leaving.enter_context(_serving(_add_node(made, number), name))
+            server = [sys.executable, "-c", _SERVER, name]
+            leaving.enter_context(running_inside(_add_node(made, number), server, "listens"))
         _lead(made, _OLD)
         yield made
 
@@ -124,10 +116,15 @@ def _lead(network: Network, number: int) -> None:
     network.route(f"{_FLOATING[1]}/64", number)
 
 
-def _open_ends(network: Network, folder: Path) -> None:
-    for which, own, peer in (("old", _OLD, _NEW), ("new", _NEW, _OLD)):
-        words = [which, _inside(own), _inside(peer), str(folder / which), *_FLOATING]
-        run(["ip", "netns", "exec", network.server_namespace(own), sys.executable, "-c", _END, *words])
+def _tunnel(network: Network, folder: Path, number: int, what: str) -> None:
+    words = [what, _inside(number), _inside(_OLD + _NEW - number), str(folder / f"{number}"), *_FLOATING]
+    run(["ip", "netns", "exec", network.server_namespace(number), sys.executable, "-c", _END, *words])
+
+
+def _describe(network: Network, number: int) -> str:
+    """What a tunnel could have left in a node's kernel."""
+    look = f"ip -4 rule; ip -6 rule; ip -o link; nft list tables; {_SETTINGS}"
+    return run(["ip", "netns", "exec", network.server_namespace(number), "sh", "-c", look])
 
 
 def _say(connection: socket.socket, word: str) -> str:
@@ -145,23 +142,11 @@ def test_an_address_that_is_heard_through_the_tunnel_answers_through_it(
             leaving.enter_context(socket.create_connection((address, _PORT), timeout=5)) for _ in range(2)
         )
         assert _say(begun, "one") == "old one"
-        _open_ends(network, tmp_path)
+        before = {number: _describe(network, number) for number in (_OLD, _NEW)}
+        _tunnel(network, tmp_path, _OLD, "old")
+        _tunnel(network, tmp_path, _NEW, "new")
         assert _say(begun, "two") == "old two"  # nothing has moved yet
-        inside = network.server_namespace(_NEW)
-        for number in range(10):  # whatever else comes through: neighbours are asked for, a stray packet
-            run(
-                [
-                    "ip",
-                    "netns",
-                    "exec",
-                    inside,
-                    sys.executable,
-                    "-c",
-                    _STRAY,
-                    f"169.254.77.{number + 4}",
-                    f"fe80::{number + 4}",
-                ]
-            )
+        run(["ip", "netns", "exec", network.server_namespace(_NEW), sys.executable, "-c", _STRAY])
         waiting.sendall(b"later\n")
         _lead(network, _NEW)
         for each in (begun, waiting):
@@ -176,3 +161,9 @@ def test_an_address_that_is_heard_through_the_tunnel_answers_through_it(
             left -= len(begun.recv(left))
         new = leaving.enter_context(socket.create_connection((address, _PORT), timeout=5))
         assert _say(new, "four") == "new four"
+    for number in (_OLD, _NEW):
+        _tunnel(network, tmp_path, number, "close")
+        assert _describe(network, number) == before[number]
+    _lead(network, _OLD)  # a rollout that came to nothing
+    with socket.create_connection((address, _PORT), timeout=5) as again:
+        assert _say(again, "five") == "old five"

@@ -154,6 +154,19 @@ def ssh(key: Path, address: str, command: str, patience_s: float = 30.0) -> str:
         time.sleep(0.1)
 
 
+@contextmanager
+def running_inside(namespace: str, words: list[str], first_line: str) -> Iterator[None]:
+    """A program in a network namespace, from the first line that it prints; it ends with this."""
+    command = ["ip", "netns", "exec", namespace, *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == f"{first_line}\n"
+            yield
+        finally:
+            process.terminate()
+
+
 def cut_off(cloud: LocalCloud, *names: str) -> None:
     """Cuts servers off from everything outside the cloud, and connects all others; ``*`` is all of them."""
     url = cloud.endpoint.removesuffix("/v1") + "/_local/network"

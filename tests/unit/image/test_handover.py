@@ -169,6 +169,7 @@ def test_what_has_moved_is_answered_through_the_tunnel(
 ) -> None:
     """Each address as it moves, once; from then on the node has a successor and orders no certificate."""
     old = Old(tmp_path / "old", monkeypatch)
+    old.rules = marked = "19999:\tfrom 2001:db8::1 fwmark 0x4d4c lookup 107\n"  # of the tunnel itself
     assert old.post(keys, "/moved", {"node": "next", "addresses": ["2001:db8::1"]}) == 200
     assert "ip -6 rule add from 2001:db8::1 lookup 107 priority 20000" in old.did
     assert not any("rule add from 203.0.113.5" in each for each in old.did)
@@ -176,7 +177,7 @@ def test_what_has_moved_is_answered_through_the_tunnel(
     assert (old.places.node / "successor").read_text() == "next\n"
     assert old.ends_connections()
     old.did.clear()
-    old.rules = "20000: from 2001:db8::1 lookup 107"
+    old.rules = f"{marked}20000:\tfrom 2001:db8::1 lookup 107\n"
     assert old.post(keys, "/moved", {"node": "next", "addresses": ["2001:db8::1"]}) == 200
     assert not any("rule add" in each for each in old.did)
 

@@ -113,17 +113,18 @@ def moved_command(address: str) -> str:
     return f"{family_of(address)} rule add from {address} lookup {TABLE} priority {MOVED_PRIORITY}"
 
 
-def render_answer(addresses: Iterable[str]) -> str:
+def render_answer(addresses: Sequence[str]) -> str:
     """The old node's table: once something comes through the tunnel, what is sent under that address goes there too.
 
     The address has moved then. Until the new node has said so, what is sent under it from here would be lost, and a
     handshake that the move came into would wait for its client's second or third try.
     """
-    heard, sent = [], []
-    for address in addresses:
-        ip, number = ("ip6", 6) if ":" in address else ("ip", 4)
-        heard.append(f'iifname "{INTERFACE}" {ip} daddr {address} update @moved_{number} {{ {ip} daddr }}')
-        sent.append(f"{ip} saddr {address} {ip} saddr @moved_{number} meta mark set {_MARK}")
+    # By address, or the neighbours that the other end asks for would fill the sets.
+    families = [("ip6", 6) if ":" in address else ("ip", 4) for address in addresses]
+    heard = [
+        f'iifname "{INTERFACE}" {ip} daddr {address} update @moved_{number} {{ {ip} daddr }}'
+        for address, (ip, number) in zip(addresses, families, strict=True)
+    ]
     lines = [
         "table inet rollout",
         "delete table inet rollout",
@@ -136,7 +137,8 @@ def render_answer(addresses: Iterable[str]) -> str:
         "}",
         "chain output {",
         "type route hook output priority mangle; policy accept;",
-        *sent,
+        f"ip saddr @moved_4 meta mark set {_MARK}",
+        f"ip6 saddr @moved_6 meta mark set {_MARK}",
         "}",
     ]
     return "\n".join([*lines, "}", ""])
