@@ -250,9 +250,14 @@ def _cause_what_the_service_tells(own: Node, webhook: Webhook) -> None:
     wait_for_series(own, "increase(alertmanager_notifications_failed_total[1m]) > 0")
     webhook.deaf = False
     _wait_until(lambda: {"AlertsUntold", "QueueFull"} - webhook.fired, 60)
-    # Ended and back within a scrape's interval, or nearly.
-    for _ in range(4):
-        own.run("systemctl kill -s KILL mini-llm; sleep 4")
+    # Ended again once a scrape has seen it back: one that ends sooner is one start more to nobody.
+    for _ in range(3):
+        before = _find_starts(own)
+        own.run("systemctl kill -s KILL mini-llm")
+        end_s = time.monotonic() + 60
+        while not _find_starts(own) - before:
+            assert time.monotonic() < end_s, before
+            time.sleep(0.2)
     _wait_until(lambda: {"CrashLoop"} - webhook.fired, 60)
     own.wait_ready()  # so that there is an engine to end
     own.run("mv /opt/mini-llm/models /opt/mini-llm/away; pkill -9 -f '[s]ervice.engine.worker'")
@@ -269,6 +274,11 @@ def _cause_what_the_service_tells(own: Node, webhook: Webhook) -> None:
     _wait_until(lambda: told - webhook.fired, 120)
     own.run("mv /opt/mini-llm/away /opt/mini-llm/models; systemctl restart mini-llm")
     own.run("umount -l /var/lib/mini-llm-node; docker restart mini-llm-node-exporter-1")
+
+
+def _find_starts(own: Node) -> set[str]:
+    """When the service began, as Prometheus last saw it; nothing while it is down."""
+    return {one["value"][1] for one in own.query('process_start_time_seconds{job="service"}')}
 
 
 def _cause_a_history_that_cannot_be_written(own: Node, webhook: Webhook) -> None:
