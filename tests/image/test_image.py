@@ -253,6 +253,8 @@ def test_what_is_open_and_who_may_log_in(served: Node) -> None:
     done = subprocess.run(["ssh", *words, f"root@{served.address}", "true"], capture_output=True, text=True, timeout=30)
     assert done.returncode == 255
     assert "Permission denied (publickey)" in done.stderr
+    # The kind that sshd uses, and none whose making would hold the first boot up.
+    assert served.run("ls /etc/ssh/ssh_host_*_key").split() == ["/etc/ssh/ssh_host_ed25519_key"]
     # The node's own rules go and come without Docker's.
     tables = served.run("systemctl restart nftables && nft list tables")
     assert "table inet node" in tables

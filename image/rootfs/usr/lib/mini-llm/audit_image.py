@@ -1,7 +1,7 @@
 """Owns the audit of an image: finds what belongs to one server, or to who baked it, and must be in no image.
 
 ``python3 audit_image.py ROOT [--running] [--out FILE]`` prints each finding as a line, writes all of them as JSON if
-told where, and ends with 1 if there was any. A unit runs it before anything else at a server's first boot, and tests
+told where, and ends with 1 if there was any. A unit runs it before anything is made at a server's first boot, and tests
 run it on a snapshot.
 """
 
