@@ -254,7 +254,14 @@ def test_what_is_open_and_who_may_log_in(served: Node) -> None:
     assert done.returncode == 255
     assert "Permission denied (publickey)" in done.stderr
     # The kind that sshd uses, and none whose making would hold the first boot up.
-    assert served.run("ls /etc/ssh/ssh_host_*_key").split() == ["/etc/ssh/ssh_host_ed25519_key"]
+    list_keys = "ls /etc/ssh/ssh_host_*_key"
+    assert served.run(list_keys).split() == ["/etc/ssh/ssh_host_ed25519_key"]
+    # Where cloud-init made none, that kind is made all the same, or nobody could log in to see why.
+    again = "/run/systemd/system/sshd-keygen.service.d"
+    begin = f"mkdir -p {again}; printf '[Unit]\\nConditionFirstBoot=\\n' > {again}/again.conf; systemctl daemon-reload"
+    made = f"rm /etc/ssh/ssh_host_*; systemctl restart sshd-keygen; {list_keys}"
+    assert served.run(f"{begin}; {made}").split() == ["/etc/ssh/ssh_host_ed25519_key"]
+    served.run(f"rm -r {again}; systemctl daemon-reload; systemctl restart ssh")
     # The node's own rules go and come without Docker's.
     tables = served.run("systemctl restart nftables && nft list tables")
     assert "table inet node" in tables
