@@ -49,7 +49,8 @@ record_golden_answer() {
 enable_units() {
     systemctl enable --quiet nftables.service mini-llm.socket mini-llm.service mini-llm-facts.service \
         mini-llm-model.service mini-llm-audit.service mini-llm-boot.service mini-llm-stack.service \
-        mini-llm-monitoring.service mini-llm-certificate.service mini-llm-report.socket \
+        mini-llm-monitoring.service mini-llm-first-certificate.service mini-llm-certificate.service \
+        mini-llm-report.socket \
         mini-llm-addresses.service mini-llm-private-network.service mini-llm-mend.timer \
         mini-llm-takeover.service mini-llm-handover.socket mini-llm-rollout.socket
 }

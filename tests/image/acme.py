@@ -41,10 +41,12 @@ class AcmeServer:
 
 
 @contextmanager
-def running_acme_server(folder: Path, host: str, name_server: str | None = None) -> Iterator[AcmeServer]:
+def running_acme_server(
+    folder: Path, host: str, name_server: str | None = None, validity_s: int = 157_766_400
+) -> Iterator[AcmeServer]:
     """An ACME server that validates at ports 80 and 443; gone afterwards, and all that it knew.
 
-    It finds addresses by a name server, or where ``point`` says.
+    It finds addresses by a name server, or where ``point`` says. Its certificates are good for five years, or as told.
     """
     chain, key = make_certificate(folder, f"IP:{host}")
     acme, management, dns, dns_management = (free_port() for _ in range(4))
@@ -57,6 +59,7 @@ def running_acme_server(folder: Path, host: str, name_server: str | None = None)
         "tlsPort": 443,
         "ocspResponderURL": "",
         "externalAccountBindingRequired": False,
+        "certificateValidityPeriod": validity_s,
     }
     (folder / "pebble.json").write_text(json.dumps({"pebble": config}))
     # Pebble waits and refuses at random, to train its clients; here that would only be chance.

@@ -1,6 +1,7 @@
 """The image on the local cloud: baked by Packer, booted cut off from the outside, served, attacked, broken."""
 
 import json
+import re
 import shlex
 import shutil
 import socket
@@ -139,13 +140,13 @@ def test_the_proxy(cloud: LocalCloud, served: Node) -> None:
 
 @contextmanager
 def reachable_acme_server(
-    cloud: LocalCloud, folder: Path, name_server: str | None = None
+    cloud: LocalCloud, folder: Path, name_server: str | None = None, **settings: int
 ) -> Iterator[tuple[AcmeServer, dict[str, str]]]:
     """An ACME server that nodes reach as long as it runs, and the facts that lead them to it."""
     host, _ = transfer_addresses(tag_of(cloud.state))
     cut_off(cloud)
     try:
-        with running_acme_server(folder, host, name_server) as server:
+        with running_acme_server(folder, host, name_server, **settings) as server:
             server.write_root(folder / "root.pem")
             authority = server.authority.read_text()
             yield server, {"email": "a@example.org", "server": server.directory, "authority": authority}
@@ -153,20 +154,57 @@ def reachable_acme_server(
         cut_off(cloud, "*")
 
 
+def test_the_first_certificate_is_there_before_traefik(
+    cloud: LocalCloud, image: BoundImage, known: BoundSSHKey, key: Path, tmp_path: Path
+) -> None:
+    """Which takes it and its account over, and so renews it by the same account: this one is soon at its end."""
+    with (
+        reachable_acme_server(cloud, tmp_path, validity_s=10 * 86400) as (server, acme),
+        node(cloud.client(), image, known, key, acme=acme) as own,
+    ):
+        for name in (DOMAIN, f"monitoring.{DOMAIN}"):
+            server.point(name, own.address)
+        trusting = replace(own, authority=tmp_path / "root.pem")
+        end_s = time.monotonic() + 60
+        while trusting.ask("/generate", {"prompt": "How do I run the tests?"})[0] != 200:
+            assert time.monotonic() < end_s, server.log.read_text()[-2000:]
+            time.sleep(0.5)
+        ended, started = own.run(
+            "systemctl show --value -p InactiveEnterTimestampMonotonic mini-llm-first-certificate; "
+            "systemctl show --value -p ActiveEnterTimestampMonotonic mini-llm-stack"
+        ).split()
+        assert 0 < int(ended) < int(started)
+        unit = own.run("journalctl --no-pager -o cat -u mini-llm-first-certificate")
+        assert f"the certificate of {DOMAIN} is there" in unit
+        restart_s = time.monotonic() + 10
+        while (issued := server.log.read_text().count("Issued certificate")) < 3:  # first, monitoring's, renewed
+            assert time.monotonic() < end_s, (issued, server.log.read_text()[-2000:])
+            if time.monotonic() > restart_s:  # it had tried before it answered at port 80
+                own.run("docker restart mini-llm-traefik-1")
+                restart_s = time.monotonic() + 10
+            time.sleep(0.5)
+        assert "There are now 2 accounts" not in server.log.read_text()
+        # Afterwards there is nothing to do before Traefik.
+        own.run("systemctl restart mini-llm-first-certificate")
+        assert "ConditionResult=no" in own.run("systemctl show mini-llm-first-certificate")
+
+
 def test_a_certificate_is_ordered_until_it_is_there(
     cloud: LocalCloud, image: BoundImage, known: BoundSSHKey, key: Path, tmp_path: Path
 ) -> None:
-    """The name leads nowhere at first, so the order fails; once it leads to the node the next one is served."""
+    """The name leads nowhere at first, so both orders fail; once it leads to the node the next one is served."""
     with (
         reachable_acme_server(cloud, tmp_path) as (server, acme),
         node(cloud.client(), image, known, key, acme=acme) as own,
     ):
         end_s = time.monotonic() + 30
-        while "set INVALID" not in server.log.read_text():
+        # The one before Traefik's start, then Traefik's of both names.
+        while len(re.findall(r"authz \S+ set INVALID", server.log.read_text())) < 3:
             assert time.monotonic() < end_s, server.log.read_text()
             time.sleep(0.2)
         assert own.curl("/health")[0] == 0  # nobody vouches for it yet
-        metrics = "cat /var/lib/mini-llm-node/metrics/certificate.prom"
+        path = "/var/lib/mini-llm-node/metrics/certificate.prom"
+        metrics = f"timeout 20 sh -c 'until cat {path} 2>/dev/null; do sleep 0.2; done'"
         assert f'mini_llm_certificate_delivered{{name="{DOMAIN}"}} 0' in own.run(metrics)
         server.point(DOMAIN, own.address)
         trusting = replace(own, authority=tmp_path / "root.pem")

@@ -89,20 +89,20 @@ def main(traefik: Path, acme: Path, note: Path, metrics: Path, wait: Callable[[f
         _note(note)
         return 0
     names = ordered.read_text().split()
-    missing = list(names)
-    # What an earlier boot was served is found again within a second, and no scrape is so quick.
-    _write_whole(metrics, render_metrics(names, missing))
+    missing, written = list(names), None
     for number, pause_s in zip(count(1), pauses_s(), strict=False):
         for _ in range(pause_s):
-            wait(_LOOK_EVERY_S)
             for name in [name for name in missing if is_there(acme, name)]:
                 print(f"the certificate of {name} is there")
                 missing.remove(name)
-                _write_whole(metrics, render_metrics(names, missing))
                 if name == names[0]:
                     _note(note)
+            if missing != written:
+                _write_whole(metrics, render_metrics(names, missing))
+                written = list(missing)
             if not missing:
                 return 0
+            wait(_LOOK_EVERY_S)
         told = ", ".join(missing)
         print(f"no certificate of {told} yet; ordering again (Traefik's log says why the last order failed)")
         order_again(traefik, number)

@@ -23,7 +23,7 @@ _LOGS = {
     "facts": ["-u", "mini-llm-facts"],
     "service": ["-u", "mini-llm"],
     "stack": ["-u", "mini-llm-stack", "-u", "mini-llm-monitoring", "-u", "mini-llm-mend"],
-    "certificate": ["-u", "mini-llm-certificate"],
+    "certificate": ["-u", "mini-llm-first-certificate", "-u", "mini-llm-certificate"],
     **{
         name: [f"CONTAINER_NAME=mini-llm-{name}-1"]
         for name in ("traefik", "prometheus", "alertmanager", "node-exporter", "grafana")
