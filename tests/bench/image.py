@@ -31,7 +31,8 @@ RATIO_GOAL = 20.0
 STARTER = ROOT / "service" / "starter" / "starter.gguf"
 # What of the image starts at boot and is not Docker; bash, root's shell, spells it out.
 OWN_UNITS = (
-    "mini-llm.socket mini-llm.service mini-llm-{facts,model,stack,monitoring,certificate,boot,private-network}.service"
+    "mini-llm.socket mini-llm.service "
+    "mini-llm-{facts,model,stack,monitoring,first-certificate,certificate,boot,private-network}.service"
 )
 
 
@@ -164,7 +165,8 @@ def measure_starter(bench: Bench, image: BoundImage, rounds: int) -> tuple[list[
         chain = own.run("systemd-analyze critical-chain --no-pager mini-llm-stack.service mini-llm.service")
         # The same disk with nothing of ours at boot; the smallest web server at hand is Traefik without a word to say.
         own.run(
-            f"systemctl disable --quiet {OWN_UNITS}; docker rm -f $(docker ps -aq); "
+            f"systemctl disable --quiet {OWN_UNITS}; rm -r /etc/systemd/system/docker.service.d; "
+            "docker rm -f $(docker ps -aq); "
             "docker run -d --restart always --network host mini-llm/traefik:baked --entrypoints.web.address=:80; sync"
         )
         floor_s = power_on_s(bench, own, min(FRESH_ROUNDS, rounds), any_answer_s, lambda: None)
