@@ -29,6 +29,11 @@ def answer(status: int, body: object, **headers: str) -> Answer:
     return status, {"Replay-Nonce": "nonce", **headers}, content
 
 
+def delivered(address: str) -> Answer:
+    """An order that has come to its certificate."""
+    return answer(200, {"status": "valid", "certificate": address})
+
+
 PENDING = answer(200, {"status": "pending", "challenges": CHALLENGES})
 FAILED = {**CHALLENGES[1], "error": PROBLEM}
 
@@ -36,7 +41,7 @@ FAILED = {**CHALLENGES[1], "error": PROBLEM}
 @pytest.fixture
 def traefik(tmp_path: Path) -> Path:
     """Traefik's folder, with an order for two names."""
-    acme = {"caServer": f"https://{HOST}/dir", "email": "a@example.org", "httpChallenge": {"entryPoint": "http"}}
+    acme = {"caServer": f"https://{HOST}:443/dir", "email": "a@example.org", "httpChallenge": {"entryPoint": "http"}}
     (tmp_path / "traefik.yaml").write_text(json.dumps({"certificatesResolvers": {"acme": {"acme": acme}}}))
     (tmp_path / "ordered").write_text("llm.example.org\nmonitoring.llm.example.org\n")
     return tmp_path
@@ -66,14 +71,14 @@ def authority(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         "/end": [answer(200, {"status": "processing"})],
         "/order/9": [
             answer(200, {"status": "processing"}),
-            answer(200, {"status": "valid", "certificate": f"https://{HOST}/chain?of=9"}),
+            delivered(f"https://{HOST}/chain?of=9"),
         ],
         "/chain?of=9": [answer(200, b"-----BEGIN CERTIFICATE-----\n")],
     }
 
     class Connection:
-        def __init__(self, host: str, **_: object) -> None:
-            assert host == HOST
+        def __init__(self, host: str, port: int, **_: object) -> None:
+            assert (host, port) == (HOST, 443)
 
         def request(self, method: str, place: str, body: bytes | None, headers: dict[str, str]) -> None:
             told.asked.append((method, place, json.loads(body) if body else None, bool(told.opened)))
@@ -199,8 +204,16 @@ def fail() -> None:
         ("/order", [answer(201, b"null", Location="/")], "TypeError"),
         ("/order", [answer(201, b"{}", Location="/")], "KeyError"),
         ("/order/9", [answer(200, {"status": "invalid", "error": PROBLEM})], "unauthorized"),
-        ("/order/9", [answer(200, {"status": "valid", "certificate": "https://other.example/"})], "is not of https"),
-        ("/order/9", [answer(200, {"status": "valid", "certificate": f"http://{HOST}/chain"})], "is not of https"),
+        (
+            "/order/9",
+            [answer(200, {"status": "valid", "certificate": "https://other.example/"})],
+            "is not of the server",
+        ),
+        (
+            "/order/9",
+            [answer(200, {"status": "valid", "certificate": f"http://{HOST}/chain"})],
+            "is no address by HTTPS",
+        ),
         ("/chain?of=9", [answer(200, b"<html>")], "no certificate"),
         ("/end", [fail], "reset by peer"),
     ],
@@ -220,6 +233,37 @@ def test_what_goes_wrong_is_traefiks_to_mend(
     assert account["Registration"]["uri"] == f"https://{HOST}/account/7"
     assert said in capsys.readouterr().out
     assert authority.asked[-1] == "closed"
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        answer(301, b"", Location=f"https://{HOST}/elsewhere"),
+        answer(201, {}, Location="https://other.example/account/7"),
+        answer(201, {}),
+    ],
+)
+def test_an_account_without_an_address_is_not_kept(traefik: Path, authority: SimpleNamespace, made: Answer) -> None:
+    """Traefik would never make another; with none it registers the same key."""
+    authority.answers["/account"] = [made]
+    account, certificates = ordered(traefik)
+    assert (account["Registration"], account["PrivateKey"], certificates) == (None, "AABB==", None)
+
+
+def test_what_is_given_up_does_not_meet_traefiks_order(traefik: Path, authority: SimpleNamespace) -> None:
+    """An authority gives the same pending one out again."""
+    authority.answers["/authz"] = [PENDING]
+    ordered(traefik)
+    _, place, body, opened = authority.asked[-2]
+    assert (place, decoded(body["payload"]), opened) == ("/authz", {"status": "deactivated"}, True)
+
+
+def test_what_an_earlier_try_left_is_in_no_ones_way(traefik: Path, authority: SimpleNamespace) -> None:
+    """Whatever it is: a link would be written through, a file would keep its mode."""
+    (traefik / "elsewhere").write_text("kept")
+    (traefik / "acme.unfinished").symlink_to(traefik / "elsewhere")
+    assert ordered(traefik)[1]
+    assert (traefik / "elsewhere").read_text() == "kept"
 
 
 def test_without_a_network_there_is_the_accounts_key(traefik: Path, authority: SimpleNamespace) -> None:

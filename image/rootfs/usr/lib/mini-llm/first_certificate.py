@@ -10,6 +10,7 @@ as it does for all further names, for TLS-ALPN-01, and for each renewal.
 import base64
 import hashlib
 import json
+import os
 import socket
 import ssl
 import sys
@@ -19,8 +20,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse, HTTPSConnection
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from socketserver import ThreadingTCPServer
 from subprocess import SubprocessError, run
 from threading import Thread
 from typing import Any
@@ -38,6 +40,10 @@ _CHALLENGES = "/.well-known/acme-challenge/"
 
 class Refused(Exception):
     """The authority's answer is not what an order goes on with; the message says what it was."""
+
+
+class Late(Refused):
+    """There is no answer yet, and it is not waited for any longer."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,14 @@ def encode(content: bytes) -> str:
     return base64.urlsafe_b64encode(content).rstrip(b"=").decode()
 
 
+def find_server(url: str) -> tuple[str, int]:
+    """Host and port of an address by HTTPS. Raises Refused, ValueError."""
+    parts = urlsplit(url)
+    if parts.scheme != "https" or not parts.hostname:
+        raise Refused(f"{url!r} is no address by HTTPS")
+    return parts.hostname, parts.port or 443
+
+
 class Account:
     """An RSA key, and what is signed by it. Its file is for its owner alone. Methods raise as ``openssl`` does."""
 
@@ -99,19 +113,25 @@ class Authority:
     """An ACME server over one connection. Methods raise OSError, HTTPException, ValueError, LookupError, Refused."""
 
     def __init__(self, directory: str, trusted: Path | None, account: Account) -> None:
-        self._host, self._account, self._kid, self._nonce = urlsplit(directory).netloc, account, "", ""
+        self._server, self._account, self._kid, self._nonce = find_server(directory), account, "", ""
         context = ssl.create_default_context(cafile=str(trusted) if trusted else None)
-        self._connection = HTTPSConnection(self._host, timeout=_ANSWER_LIMIT_S, context=context)
+        # Python asks more of an authority of one's own than Traefik, or RFC 8555, does.
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+        host, port = self._server
+        self._connection = HTTPSConnection(host, port, timeout=_ANSWER_LIMIT_S, context=context)
         self.places = json.loads(self._fetch("GET", directory)[1])
 
     def close(self) -> None:
         """Ends the connection."""
         self._connection.close()
 
+    def _check_server(self, url: str) -> None:
+        if find_server(url) != self._server:
+            raise Refused(f"{url} is not of the server that was asked")
+
     def _fetch(self, method: str, url: str, body: bytes | None = None) -> tuple[HTTPResponse, bytes]:
+        self._check_server(url)
         parts = urlsplit(url)
-        if (parts.scheme, parts.netloc) != ("https", self._host):
-            raise Refused(f"{url} is not of https://{self._host}")
         place = f"{parts.path}?{parts.query}" if parts.query else parts.path
         kind = {"Content-Type": "application/jose+json"} if body else {}
         self._connection.request(method, place, body, {"User-Agent": "mini-llm", **kind})
@@ -127,7 +147,7 @@ class Authority:
                 self._fetch("HEAD", self.places["newNonce"])
             header = {"alg": "RS256", "nonce": self._nonce, "url": url, **who}
             answer, content = self._fetch("POST", url, self._account.sign(header, payload))
-            if answer.status < 400:
+            if answer.status in (200, 201):
                 return answer, content
             if _BAD_NONCE.encode() not in content:
                 break
@@ -138,7 +158,9 @@ class Authority:
         contact = [f"mailto:{email}"]
         body = {"contact": contact, "termsOfServiceAgreed": True}
         answer, _ = self.ask(self.places["newAccount"], body)
-        self._kid = answer.headers["Location"]
+        location = answer.headers["Location"] or ""
+        self._check_server(location)  # Traefik would never come away from a wrong one
+        self._kid = location
         return {"body": {"status": "valid", "contact": contact}, "uri": self._kid}
 
     def watch(self, url: str, until: str, end_s: float) -> dict[str, Any]:
@@ -152,7 +174,7 @@ class Authority:
                 errors = [each["error"] for each in found.get("challenges", ()) if "error" in each]
                 raise Refused(json.dumps(errors or found))
             if time.monotonic() > end_s:
-                raise Refused(f"{url} is still {found['status']} after {_ORDER_LIMIT_S:.0f} s")
+                raise Late(f"{url} is still {found['status']} after {_ORDER_LIMIT_S:.0f} s")
             time.sleep(next(pauses_s, _PAUSES_S[-1]))
 
 
@@ -174,8 +196,15 @@ def answering(place: str, text: str, port: int = 80) -> Iterator[None]:
         def log_message(self, *_: object) -> None:
             """Strangers write nothing into the journal."""
 
-    class Server(ThreadingHTTPServer):
+    class Server(ThreadingTCPServer):  # not HTTPServer, which asks DNS for this node's own name first
         address_family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+        allow_reuse_address = daemon_threads = True
+        request_queue_size = 64
+
+        def server_bind(self) -> None:
+            if self.address_family == socket.AF_INET6:
+                self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            super().server_bind()
 
         def handle_error(self, *_: object) -> None:
             """Nor by going away."""
@@ -200,7 +229,12 @@ def order(authority: Authority, account: Account, domain: str, folder: Path) -> 
         token = challenge["token"]
         with answering(f"{_CHALLENGES}{token}", f"{token}.{account.thumbprint}"):
             authority.ask(challenge["url"], {})
-            authority.watch(url, "valid", end_s)
+            try:
+                authority.watch(url, "valid", end_s)
+            except Late:
+                # Or Traefik's order would get the same one, which fails as soon as nobody answers here.
+                authority.ask(url, {"status": "deactivated"})
+                raise
     key = folder / "certificate.key"
     kind = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-keyout", str(key))
     named = ("-subj", "/", "-addext", f"subjectAltName=DNS:{domain}")
@@ -220,8 +254,12 @@ def order(authority: Authority, account: Account, domain: str, folder: Path) -> 
 def write_store(store: Path, resolver: str, account: dict[str, Any], certificates: list[dict[str, Any]]) -> None:
     """Replaces Traefik's store by a whole one, as its pkg/provider/acme reads it. Raises OSError."""
     unfinished = store.with_suffix(".unfinished")
-    unfinished.touch(mode=0o600)  # Traefik takes none that others may read
-    unfinished.write_text(json.dumps({resolver: {"Account": account, "Certificates": certificates or None}}))
+    unfinished.unlink(missing_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    with os.fdopen(os.open(unfinished, flags, 0o600), "w") as file:  # Traefik takes none that others may read
+        json.dump({resolver: {"Account": account, "Certificates": certificates or None}}, file)
+        file.flush()
+        os.fsync(file.fileno())
     unfinished.replace(store)
 
 

@@ -16,7 +16,8 @@ from itertools import chain, count, repeat
 from pathlib import Path
 
 _LARGEST_STORE_BYTES = 4 << 20
-# Let's Encrypt counts five failures an hour for a name (letsencrypt.org/docs/rate-limits); then it refuses to try.
+# Let's Encrypt lets five orders of a name fail, and one more every twelve minutes (letsencrypt.org/docs/rate-limits).
+# Two may have failed when the first pause begins: the one before Traefik's start (first_certificate.py), and Traefik's.
 _PAUSES_S = (30, 60, 300, 900)
 _LOOK_EVERY_S = 1
 
