@@ -13,7 +13,7 @@ first_certificate = load_script("rootfs/usr/lib/mini-llm/first_certificate.py")
 
 
 def test_the_authority_gets_its_answer_and_strangers_hold_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over both families, beside connections that say nothing; the port is free again at once, and DNS is left alone."""
+    """Over both families, beside connections that say nothing; the port is free again at once; DNS is left alone."""
     monkeypatch.setattr(socket, "getfqdn", lambda *_: pytest.fail("DNS was asked for this machine's name"))
     port = free_port()
     for _ in range(2):
