@@ -370,6 +370,12 @@ def test_it_serves_again_after_whatever_happens(served: Node) -> None:
         restart().wait_until_finished()
         served.wait_ready()
         assert served.ask("/generate", {"prompt": "How do I run the tests?"})[0] == 200
+        # By its unit, which knows this boot's facts, and not by Docker at its own start.
+        started_us, unit_us = served.run(
+            "awk '{print $22 * 10000}' /proc/$(pgrep -x traefik)/stat; "  # in hundredths of a second since boot
+            "systemctl show -P InactiveExitTimestampMonotonic mini-llm-stack"
+        ).split()
+        assert int(started_us) + 10_000 >= int(unit_us)
     assert "whole" in served.run(
         "cd /opt/mini-llm && set -a && . /etc/mini-llm/service.env && setpriv --reuid mini-llm --regid mini-llm "
         "--clear-groups env HOME=/nonexistent venv/bin/python -m service audit verify"

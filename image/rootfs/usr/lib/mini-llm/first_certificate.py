@@ -32,6 +32,7 @@ _KEY_BITS = 2048  # what Let's Encrypt's own client has for RSA, the only kind t
 _ORDER_LIMIT_S = 15.0  # Traefik waits for it
 _ANSWER_LIMIT_S = 5.0
 _LARGEST_ANSWER_BYTES = 1 << 20
+_LONGEST_REASON = 1000  # characters in the journal, of whatever the authority has said
 _PAUSES_S = (0.05, 0.1, 0.2, 0.4, 0.8)  # between two looks at what the authority works on; the last again and again
 _NONCES_TRIED = 3
 _BAD_NONCE = "urn:ietf:params:acme:error:badNonce"
@@ -285,7 +286,7 @@ def fill_store(settings: Settings, store: Path, folder: Path) -> None:
         finally:
             authority.close()
     except (OSError, HTTPException, ValueError, TypeError, LookupError, Refused, SubprocessError) as error:
-        print(f"Traefik has to order the certificate of {settings.domain}: {error!r}")
+        print(f"Traefik has to order the certificate of {settings.domain}: {repr(error)[:_LONGEST_REASON]}")
     write_store(store, settings.resolver, kept, certificates)
 
 
