@@ -45,7 +45,7 @@ def parse_pattern(text: str) -> re.Pattern[str]:
         raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from error
 
 
-def make_tree(folder: Path, misbehave: str = "") -> Path:
+def make_tree(folder: Path) -> Path:
     """A folder as the checkout has it, whose layers do next to nothing and whose node is a stand-in."""
     tree = folder / "tree"
     shutil.copytree(_SMALL, tree, ignore=shutil.ignore_patterns("__pycache__"))
@@ -56,8 +56,6 @@ def make_tree(folder: Path, misbehave: str = "") -> Path:
             shutil.copytree(source, target)
         else:
             shutil.copy(source, target)
-    if misbehave:
-        (tree / "service" / "misbehave").write_text(misbehave + "\n")
     git(tree, "init", "-q", "-b", "main")
     commit(tree, "A small tree")
     return tree
@@ -271,10 +269,10 @@ def _insist(delete: Any, patience_s: float = 400.0) -> None:
 
 
 @contextmanager
-def running_bench(folder: Path, misbehave: str = "") -> Iterator[Bench]:
+def running_bench(folder: Path) -> Iterator[Bench]:
     """A bench with a cloud of its own, in a folder; nothing of it is left afterwards. Raises ProgramMissing."""
     packer = install_packer(folder)
-    tree, state = make_tree(folder, misbehave), folder / "state"
+    tree, state = make_tree(folder), folder / "state"
     state.mkdir()
     with running_cloud(folder, "--old-clients", "--requests-per-hour", "100000") as cloud:
         yield Bench(cloud, tree, state, packer)

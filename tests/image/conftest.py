@@ -10,12 +10,12 @@ from hcloud.ssh_keys import BoundSSHKey
 from scripts.local_cloud.machines.host import HostUnfit, require_tools
 from scripts.setup_host import IMAGE
 from tests.absent import did_not_run
-from tests.image.harness import Node, node
+from tests.image.harness import CONTAINERS, Node, node
 from tests.image.kept import kept_image
 from tests.image.launch import find_program
 from tests.local_cloud.conftest import host, key  # noqa: F401 - fixtures
 from tests.local_cloud.harness import LocalCloud, cut_off, running_cloud
-from tests.programs import ProgramMissing
+from tests.programs import PACKER, PACKER_PLUGIN_HCLOUD, ProgramMissing, obtain
 
 
 @pytest.fixture(scope="session")
@@ -24,6 +24,16 @@ def tools() -> None:
     try:
         require_tools(IMAGE)
     except HostUnfit as error:
+        did_not_run(error)
+
+
+@pytest.fixture(scope="session")
+def programs(tools: None) -> None:
+    """All that a bake and its containers need, built here, where it is missing, and not in the time of a command."""
+    try:
+        for each in (PACKER, PACKER_PLUGIN_HCLOUD, *CONTAINERS.values()):
+            obtain(each)
+    except ProgramMissing as error:
         did_not_run(error)
 
 

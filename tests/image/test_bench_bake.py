@@ -3,7 +3,7 @@
 from tests.typed import measure
 
 
-def test_a_bake_and_what_is_spared(host: None, tools: None) -> None:
+def test_a_bake_and_what_is_spared(host: None, programs: None) -> None:
     """Where nothing has changed next to nothing is done."""
     names = ("nothing there", "nothing changed")
     told = measure('sudo make bench-bake BENCH="--without packer stack service"', 600, *names)

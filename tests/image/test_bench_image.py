@@ -3,7 +3,7 @@
 from tests.typed import measure
 
 
-def test_one_round(host: None, tools: None) -> None:
+def test_one_round(host: None, programs: None) -> None:
     """A node comes sooner than the usual way, whatever else runs here."""
     names = (
         "power-on to first token",

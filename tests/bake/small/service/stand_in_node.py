@@ -1,7 +1,7 @@
 """Stands in for a node where the bake is tested: answers over HTTPS what a bake asks, from the facts that a node gets.
 
 ``python3 stand_in_node.py serve`` serves, ``describe VERSION`` prints the description of the image. Plain Python and
-PyYAML, which Debian's cloud-init brings. A file ``misbehave`` beside it holds a word of `MISBEHAVIOURS`. The
+PyYAML, which Debian's cloud-init brings. A file ``misbehave`` beside it holds words of `MISBEHAVIOURS`. The
 monitoring's password is not compared with its hash: any is right that comes with the right user's name.
 """
 
@@ -63,9 +63,9 @@ class Node:
         self.certificate = facts["certificate"]
         self.image, self.model = json.loads(_IMAGE.read_text()), _read_model()
         told = _HERE / "misbehave"
-        self.misbehaviour = told.read_text().strip() if told.exists() else ""
-        if self.misbehaviour not in ("", *MISBEHAVIOURS):
-            sys.exit(f"misbehave: {self.misbehaviour!r} is none of {', '.join(MISBEHAVIOURS)}")
+        self.misbehaviours = set(told.read_text().split()) if told.exists() else set()
+        if unknown := self.misbehaviours - set(MISBEHAVIOURS):
+            sys.exit(f"misbehave: {', '.join(sorted(unknown))}: there are {', '.join(MISBEHAVIOURS)}")
         spec = importlib.util.spec_from_file_location("report", _REPORT)
         assert spec is not None
         assert spec.loader is not None
@@ -76,7 +76,7 @@ class Node:
         """Whether an Authorization header holds a key that may generate."""
         kind, _, key = header.partition(" ")
         scopes = self.keys.get(hashlib.sha256(key.strip().encode()).hexdigest(), [])
-        known = "generate" in scopes or self.misbehaviour == "wrong_key_accepted"
+        known = "generate" in scopes or "wrong_key_accepted" in self.misbehaviours
         return kind == "Bearer" and bool(key.strip()) and known
 
     def is_operator(self, header: str) -> bool:
@@ -90,7 +90,7 @@ class Node:
 
     def answer_to(self, prompt: str) -> str:
         """The starter's known answer to its known prompt."""
-        if self.misbehaviour == "wrong_answers":
+        if "wrong_answers" in self.misbehaviours:
             return "Nobody knows."
         golden = self.model["golden"]
         return str(golden["response"]) if prompt == golden["prompt"] else "A stand-in has one answer."
@@ -110,7 +110,7 @@ class Node:
 
     def monitored(self, path: str) -> Any:
         """What the monitoring tells at a path, None if there is no such path."""
-        firing = self.misbehaviour == "alert"
+        firing = "alert" in self.misbehaviours
         labels = {"alertname": "ServiceDown", "severity": "critical"}
         now = time.time()
         if path == "/prometheus/api/v1/targets":
@@ -187,7 +187,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._say(self.node.version())
         elif where == ("GET", "/rollout"):
             self._say({"state": "none"})  # it takes nothing over
-        elif where == ("GET", "/metrics") and self.node.misbehaviour == "metrics_routed":
+        elif where == ("GET", "/metrics") and "metrics_routed" in self.node.misbehaviours:
             self._say({})
         elif where != ("POST", "/generate"):
             self._say({"title": "Not Found"}, HTTPStatus.NOT_FOUND)
@@ -199,7 +199,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _ready(self) -> None:
         document: dict[str, Any] = {"status": "ready", "running": 0, "waiting": 0, "predicted_wait_s": 0.0}
         document["tokens_per_second"] = 100.0
-        if self.node.misbehaviour == "never_ready":
+        if "never_ready" in self.node.misbehaviours:
             document |= {"status": "loading", "reason": "the model is being loaded"}
             self._say(document, HTTPStatus.SERVICE_UNAVAILABLE, **{"Retry-After": "1"})
         else:
@@ -269,15 +269,15 @@ def serve() -> None:
     _note("facts")
     finding = "/etc/left-behind: a private key"
     _AUDIT.parent.mkdir(exist_ok=True)
-    _AUDIT.write_text(json.dumps({"findings": [finding] if node.misbehaviour == "audit_finding" else []}))
+    _AUDIT.write_text(json.dumps({"findings": [finding] if "audit_finding" in node.misbehaviours else []}))
     for name in ("chain", "key"):
         (_KEPT / name).write_text(node.certificate[name])
     _SecureServer.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     _SecureServer.context.load_cert_chain(_KEPT / "chain", _KEPT / "key")
     _note("certificate")
-    if node.misbehaviour == "unit_failed":
+    if "unit_failed" in node.misbehaviours:
         subprocess.run(["systemctl", "start", "stand-in-failure.service"], check=False)
-    if node.misbehaviour == "open_port":
+    if "open_port" in node.misbehaviours:
         threading.Thread(target=_Server(("", 8080), _Redirect).serve_forever, daemon=True).start()
     threading.Thread(target=_Server(("", 80), _Redirect).serve_forever, daemon=True).start()
     secure = _SecureServer(("", 443), _Handler)
