@@ -111,22 +111,22 @@ bench-servers:
 bench-cloud:
 	@$(PYTHON) scripts/setup_host.py bench-cloud
 	@$(SET_UP) $(TEST_REQUIREMENTS)
-	@$(VENV_PYTHON) -m tests.bench.cloud $(BENCH)
+	@$(VENV_PYTHON) -m tests.bench.cloud $(BENCH) $(GIVE_BACK)
 
 bench-image:
 	@$(PYTHON) scripts/setup_host.py bench-image
 	@$(SET_UP) $(TEST_REQUIREMENTS)
-	@$(VENV_PYTHON) -m tests.bench.image $(BENCH)
+	@$(VENV_PYTHON) -m tests.bench.image $(BENCH) $(GIVE_BACK)
 
 bench-bake:
 	@$(PYTHON) scripts/setup_host.py bench-bake
 	@$(SET_UP) $(TEST_REQUIREMENTS)
-	@$(VENV_PYTHON) -m tests.bench.bake $(BENCH)
+	@$(VENV_PYTHON) -m tests.bench.bake $(BENCH) $(GIVE_BACK)
 
 bench-rollout:
 	@$(PYTHON) scripts/setup_host.py bench-rollout
 	@$(SET_UP) $(TEST_REQUIREMENTS)
-	@$(VENV_PYTHON) -m tests.bench.rollout $(BENCH)
+	@$(VENV_PYTHON) -m tests.bench.rollout $(BENCH) $(GIVE_BACK)
 
 pictures:
 	@$(SET_UP) $(TEST_REQUIREMENTS)

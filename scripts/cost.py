@@ -293,6 +293,8 @@ def main(words: list[str]) -> int:
     except BakeError as error:
         print(f"error: {error}" + (f"\n  {error.hint}" if error.hint else ""), file=sys.stderr)
         return _BLIND
+    except KeyboardInterrupt:
+        return 130  # as a shell tells it
     print(json.dumps(asdict(cost), indent=1) if options.json else "\n".join(lines(cost)))
     unknown = [row.name for row in cost.rows if row.price is None]
     if unknown:

@@ -154,7 +154,7 @@ def look(options: argparse.Namespace, cloud: Cloud, terraform: Callable[..., lis
     )
     values = [read_json(path) or {} for path in sorted(options.folder.glob("*.auto.tfvars.json"))]
     named = {name: value for told in values for name, value in told.items()}
-    kept = read_json(tfvars_file(options.folder.parent, options.channel)) or {}
+    kept = read_json(tfvars_file(options.folder, options.channel)) or {}
     nodes = list_nodes(cloud, options.deployment)
     return [
         *read_plan(plan),
@@ -190,6 +190,8 @@ def main(words: list[str]) -> int:
     except BakeError as error:
         print(f"error: {error}" + (f"\n  {error.hint}" if error.hint else ""), file=sys.stderr)
         return _BLIND
+    except KeyboardInterrupt:
+        return 130  # as a shell tells it
     if options.json:
         print(json.dumps({"drift": [asdict(each) for each in found]}, indent=1))
     else:

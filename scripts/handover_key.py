@@ -32,6 +32,9 @@ def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="handover_key.py", description=__doc__)
     parser.add_argument("file", nargs="?", type=Path, default=FILE, help="terraform/handover.auto.tfvars.json")
     path = parser.parse_args(words).file
+    text = (
+        json.dumps({"handover": make_pair(datetime.now(UTC))}, indent=1) + "\n"
+    )  # before there is a file to leave empty
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
@@ -42,8 +45,7 @@ def main(words: list[str]) -> int:
         return 1
     try:
         with os.fdopen(descriptor, "w") as file:
-            json.dump({"handover": make_pair(datetime.now(UTC))}, file, indent=1)
-            file.write("\n")
+            file.write(text)
     except OSError as error:
         path.unlink()  # half a file would be taken for a key the next time
         print(f"error: {path} cannot be written: {error.strerror}", file=sys.stderr)

@@ -25,7 +25,6 @@ from scripts.bake.errors import Refused
 from scripts.bake.probe import open_session
 
 PASSWORD_VARIABLE = "MONITORING_PASSWORD"  # noqa: S105 - the variable's name
-KEY_VARIABLE = "SERVICE_KEY"
 _TIMEOUT_S = (5.0, 20.0)
 _HANDSHAKE_TIMEOUT_S = 5.0
 
@@ -42,7 +41,6 @@ class Way:
     authority: str = ""
     user: str = ""
     password: str = field(default="", repr=False)
-    key: str = field(default="", repr=False)
 
     @property
     def monitoring(self) -> str:
@@ -120,11 +118,9 @@ def see(address: str, way: Way, path: str, **parameters: str) -> Any:
 
 
 def read_boot(address: str, way: Way) -> dict[str, float | None]:
-    """The boot's timeline, in seconds since it began, which the service tells to who has a key. Raises NotTold."""
+    """The boot's timeline, in seconds since it began, which the service tells to everybody. Raises NotTold."""
     session = open_session(way.domain, way.authority or True)
-    session.headers["Authorization"] = f"Bearer {way.key}"
-    refusals = {401: f"the service does not take the key in {KEY_VARIABLE}"}
-    told = _get(session, way.domain, f"https://{in_url(address)}/version", refusals, {})
+    told = _get(session, way.domain, f"https://{in_url(address)}/version", {}, {})
     try:
         return dict(told["boot"])
     except (LookupError, TypeError, ValueError) as error:
@@ -175,6 +171,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def _file(text: str) -> str:
     if text and not Path(text).is_file():  # argparse looks at the default, too
         raise argparse.ArgumentTypeError(f"{text} is no file")
+    if text:
+        try:
+            ssl.create_default_context().load_verify_locations(text)
+        except OSError as error:
+            raise argparse.ArgumentTypeError(f"{text} holds no certificate in PEM that can be read") from error
     return text
 
 
@@ -189,5 +190,11 @@ def read_way(options: argparse.Namespace, domain: str | None) -> Way | None:
                 f"there is no password for {options.monitoring_user}",
                 f"set {PASSWORD_VARIABLE}, or run it in a terminal",
             )
-        password = getpass.getpass(f"password of {options.monitoring_user} at monitoring.{domain}: ")
-    return Way(domain, options.authority, options.monitoring_user, password, os.environ.get(KEY_VARIABLE, ""))
+        try:
+            password = getpass.getpass(f"password of {options.monitoring_user} at monitoring.{domain}: ")
+        except EOFError as error:
+            raise Refused(
+                "no password was typed",
+                f"type it, or set {PASSWORD_VARIABLE}; without --monitoring-user none is needed",
+            ) from error
+    return Way(domain, options.authority, options.monitoring_user, password)

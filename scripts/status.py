@@ -128,7 +128,7 @@ def ask(address: str, way: Way) -> Told:
     if problem is None and certificate.problem is not None:
         problem = f"its certificate is not valid for {way.domain}: {certificate.problem}"
     silence, first_answer_s, report = [], None, None
-    if way.key:
+    if problem is None:
         try:
             boot = read_boot(address, way)
             # The model's known answer is one, too, where nobody has asked yet.
@@ -335,6 +335,8 @@ def main(words: list[str]) -> int:
     except BakeError as error:
         print(f"error: {error}" + (f"\n  {error.hint}" if error.hint else ""), file=sys.stderr)
         return _BLIND
+    except KeyboardInterrupt:
+        return 130  # as a shell tells it
     if options.json:
         nodes = [{**asdict(each), "ready": each.ready} for each in status.nodes]
         print(json.dumps({**asdict(status), "nodes": nodes, "well": status.well}, indent=1))

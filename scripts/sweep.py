@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
@@ -20,6 +21,7 @@ try:
     from scripts.bake.answers import given
     from scripts.bake.cloud import Cloud, find_access
     from scripts.bake.errors import BakeError, Refused
+    from scripts.bake.snapshots import SELECTOR
     from scripts.deployment import add_place, held_by
     from scripts.drift import run_terraform
 except ModuleNotFoundError as error:
@@ -35,6 +37,8 @@ _KINDS = {
     "hcloud_ssh_key": "ssh_keys",
     "hcloud_floating_ip": "floating_ips",
 }
+# Records have no number of their own: zone, name and type are what they are known by.
+_RECORDS = "hcloud_zone_rrset"
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Resource:
     """Something of the deployment at the cloud; ``holds`` are floating addresses that lead to it."""
 
     type: str
-    id: int
+    id: int | str
     name: str
     holds: tuple[str, ...] = ()
     protected: bool = False
@@ -61,7 +65,13 @@ def require_rest(program: str, folder: Path, terraform: Callable[..., list[str]]
         # Whatever else a plan may fail by, nobody else is at work.
 
 
-def read_state(text: str) -> set[tuple[str, int]]:
+def _id_of(kind: str, attributes: dict[str, Any]) -> int | str:
+    if kind == _RECORDS:
+        return "/".join(attributes[name] for name in ("zone", "name", "type"))
+    return int(attributes["id"])
+
+
+def read_state(text: str) -> set[tuple[str, int | str]]:
     """Type and id of all that a state knows, what is to be deleted yet as well. Raises Refused.
 
     https://developer.hashicorp.com/terraform/language/state: the form of ``terraform state pull``.
@@ -69,9 +79,9 @@ def read_state(text: str) -> set[tuple[str, int]]:
     try:
         document = json.loads(text or "{}")
         return {
-            (resource["type"], int(instance["attributes"]["id"]))
+            (resource["type"], _id_of(resource["type"], instance["attributes"]))
             for resource in document.get("resources", [])
-            if resource["type"] in _KINDS
+            if resource["type"] in (*_KINDS, _RECORDS)
             for instance in resource["instances"]
         }
     except (ValueError, TypeError, LookupError, AttributeError) as error:
@@ -80,9 +90,9 @@ def read_state(text: str) -> set[tuple[str, int]]:
 
 def list_resources(cloud: Cloud, deployment: str) -> list[Resource]:
     """What bears the deployment's labels. Raises BakeError."""
-    selector = f"product=mini-llm,deployment={deployment}"
+    selector = f"{SELECTOR},deployment={deployment}"
     addresses = cloud.labelled("floating_ips", selector)
-    return [
+    numbered = [
         Resource(
             kind,
             each.id,
@@ -93,9 +103,13 @@ def list_resources(cloud: Cloud, deployment: str) -> list[Resource]:
         for kind, collection in _KINDS.items()
         for each in (addresses if kind == "hcloud_floating_ip" else cloud.labelled(collection, selector))
     ]
+    records = [
+        (f"{zone}/{name}/{of_type}", f"{name}.{zone} {of_type}") for zone, name, of_type in cloud.records(selector)
+    ]
+    return [*numbered, *(Resource(_RECORDS, place, name) for place, name in records)]
 
 
-def find_left(resources: Iterable[Resource], known: set[tuple[str, int]]) -> list[Resource]:
+def find_left(resources: Iterable[Resource], known: set[tuple[str, int | str]]) -> list[Resource]:
     """What stands in no state. Raises Refused where that is not a leftover but another state's deployment."""
     resources = list(resources)
     for each in resources:
@@ -110,7 +124,12 @@ def find_left(resources: Iterable[Resource], known: set[tuple[str, int]]) -> lis
 def remove(cloud: Cloud, left: Iterable[Resource]) -> Iterator[Resource]:
     """Deletes them; yields each that is gone. Raises BakeError."""
     for each in left:
-        cloud.delete_labelled(_KINDS[each.type], each.id, each.name, time.time() + _DELETED_WITHIN_S)
+        end_s = time.time() + _DELETED_WITHIN_S
+        if isinstance(each.id, str):
+            zone, name, of_type = each.id.split("/")
+            cloud.delete_record(zone, name, of_type, end_s)
+        else:
+            cloud.delete_labelled(_KINDS[each.type], each.id, each.name, end_s)
         yield each
 
 
@@ -141,6 +160,8 @@ def main(words: list[str]) -> int:
     except BakeError as error:
         print(f"error: {error}" + (f"\n  {error.hint}" if error.hint else ""), file=sys.stderr)
         return _BLIND
+    except KeyboardInterrupt:
+        return 130  # as a shell tells it
     if not left:
         print("nothing is left that stands in no state")
     return _LEFT if left and not options.yes else 0

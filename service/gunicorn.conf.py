@@ -3,7 +3,7 @@
 import sys
 from typing import Any
 
-from service.errors import SettingsInvalid
+from service.errors import ServiceError, SettingsInvalid
 from service.settings import check_folders, read_settings
 from service.web_worker import WebWorker
 
@@ -53,11 +53,14 @@ def on_starting(server: Any) -> None:
 
 
 def post_worker_init(worker: WebWorker) -> None:
-    from service.wsgi import runtime
+    from service.wsgi import refuse, runtime
 
     worker.on_stopping = runtime.stop_gently
     worker.on_bad_request = runtime.metrics.count_bad_request
-    runtime.start()
+    try:
+        runtime.start()
+    except ServiceError as refusal:
+        refuse(refusal)
 
 
 def worker_exit(server: object, worker: WebWorker) -> None:

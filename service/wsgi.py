@@ -4,6 +4,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import NoReturn
 
 from service.access import Access
 from service.accounts import Log
@@ -105,9 +106,14 @@ def _announcement(settings: Settings, model: str) -> str:
     )
 
 
+def refuse(refusal: ServiceError) -> NoReturn:
+    """Ends this process with one line, by gunicorn's own code for what cannot be loaded: it tries no more."""
+    print(f"error: {refusal}", file=sys.stderr, flush=True)
+    sys.exit(4)
+
+
 try:
     runtime = Runtime(read_settings())
 except ServiceError as refusal:
-    print(f"error: {refusal}", file=sys.stderr, flush=True)
-    sys.exit(4)  # gunicorn's own code for "the application cannot be loaded": it does not try again
+    refuse(refusal)
 application = runtime.application

@@ -171,7 +171,7 @@ variable "network" {
 
   validation {
     condition     = can(cidrhost(var.network, 1000)) == false && can(cidrhost(var.network, 2))
-    error_message = "The network must be one such as 10.77.0.0/24; of more than a /23 a new node would not look through."
+    error_message = "The network must be one such as 10.77.0.0/24; of more than a /22 a new node would not look through."
   }
 }
 

@@ -26,10 +26,10 @@ forget_identity() {
 }
 
 # Where the image below already served, as it does when a layer is baked on top of a whole image, this server has begun
-# an audit log and counters of its own; every node would go on with them.
+# an audit log, counters and measurements of its own; every node would go on with them.
 forget_state() {
-    systemctl stop mini-llm.socket mini-llm.service 2>/dev/null || true
-    rm -rf /var/lib/mini-llm/audit /var/lib/mini-llm/counters.sqlite3* /var/lib/mini-llm/revoked
+    systemctl stop mini-llm.socket mini-llm.service mini-llm-monitoring.service mini-llm-stack.service 2>/dev/null || true
+    rm -rf /var/lib/mini-llm-prometheus/* /var/lib/mini-llm-alertmanager/* /var/lib/mini-llm/audit /var/lib/mini-llm/counters.sqlite3* /var/lib/mini-llm/revoked
 }
 
 forget_logs() {

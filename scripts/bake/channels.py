@@ -42,10 +42,10 @@ class Moved:
         ]
 
 
-def tfvars_file(tree: Path, channel: str) -> Path:
+def tfvars_file(folder: Path, channel: str) -> Path:
     """Where Terraform reads the image of a channel: by itself for the default one, when told for others."""
     name = "image.auto.tfvars.json" if channel == DEFAULT_CHANNEL else f"image.{channel}.tfvars.json"
-    return tree / "terraform" / name
+    return folder / name
 
 
 def promote(cloud: Cloud, image: Snapshot, channel: str, tree: Path, unverified: bool = False) -> Moved:
@@ -103,7 +103,7 @@ def refuse_withdrawn(image: Snapshot, channel: str) -> None:
 
 
 def _record(channel: str, before: Snapshot | None, now: Snapshot, tree: Path) -> Moved:
-    path = tfvars_file(tree, channel)
+    path = tfvars_file(tree / "terraform", channel)
     kept = read_json(path)
     old = kept.get("image_id") if isinstance(kept, dict) else None
     document = {**(kept if isinstance(kept, dict) else {}), "image_id": now.id, "image_version": now.version}

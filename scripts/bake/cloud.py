@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import requests
 from hcloud import APIException, Client
@@ -28,6 +28,8 @@ from hcloud.server_types import BoundServerType, ServerType
 from hcloud.servers import BoundServer
 from hcloud.ssh_keys import BoundSSHKey
 from hcloud.volumes import BoundVolume
+from hcloud.zones import Zone, ZoneRRSet
+from hcloud.zones.domain import ZoneRRSetType
 
 from scripts.bake.answers import given
 from scripts.bake.errors import BakeError, CloudFailed, ImageGone, Refused, Unavailable
@@ -229,6 +231,19 @@ class Cloud:
         listed = getattr(self.client, collection)
         return list(self._ask(f"list the {collection}", lambda: listed.get_all(label_selector=selector)))
 
+    def records(self, selector: str) -> list[tuple[str, str, str]]:
+        """Zone, name and type of each record set with some labels, in all zones of the account."""
+
+        def listed() -> list[tuple[str, str, str]]:
+            zones = self.client.zones
+            return [
+                (given(zone.name), given(each.name), given(each.type))
+                for zone in zones.get_all()
+                for each in zones.get_rrset_all(zone, label_selector=selector)
+            ]
+
+        return self._ask("list the records", listed)
+
     def server_types(self) -> list[BoundServerType]:
         """What is on offer."""
         return self._ask("list the server types", self.client.server_types.get_all)
@@ -366,6 +381,15 @@ class Cloud:
             return answer
 
         self._delete(f"delete {name} of the {collection}", delete, end_s)
+
+    def delete_record(self, zone: str, name: str, of_type: str, end_s: float) -> None:
+        """A record set that is gone; it may be so already."""
+
+        def delete() -> BoundAction:
+            found = ZoneRRSet(zone=Zone(name=zone), name=name, type=cast("ZoneRRSetType", of_type))
+            return self.client.zones.delete_rrset(found).action
+
+        self._delete(f"delete the record {name}/{of_type} of {zone}", delete, end_s)
 
     def _delete(self, what: str, call: Callable[[], BoundAction | bool], end_s: float) -> None:
         for pause_s, last_try in zip(pauses(), (False, False, False, True), strict=False):

@@ -431,6 +431,8 @@ def test_the_service_alone_is_baked_on_top_of_a_snapshot(
     with node(cloud.client(), again, known, key) as own:
         own.wait_ready()
         assert json.loads(own.ask("/version")[1])["image"]["version"] == "test-2"
+        # Nothing stays of what the image below did on the server that baked: it served there, and was watched.
+        assert own.see("/node")["audit"]["findings"] == []
 
 
 def test_user_data_is_as_cloud_init_wants_it(served: Node) -> None:

@@ -228,6 +228,14 @@ def test_each_alert_fires_for_its_reason_and_resolves(
             _cause_a_service_that_is_gone(own, webhook)
             _cause_a_history_that_cannot_be_written(own, webhook)
             assert webhook.fired == expected
+            # The links of each lead its reader to the dashboards.
+            start = f"https://{MONITORING}"
+            assert len(webhook.links) > 2
+            assert {link for link in webhook.links if not link.startswith(start)} == set()
+            for link in webhook.links:
+                path = link.removeprefix(start) or "/"
+                status, page = own.curl(path, "-L", "-u", f"operator:{own.password}", host=MONITORING)
+                assert (status, "not Grafana" in page) == (200, True), (link, page)
             _wait_until(lambda: expected - webhook.over, 180)
             left = own.see("/alertmanager/api/v2/alerts")
             assert [alert["labels"]["alertname"] for alert in left] == ["Watchdog"]

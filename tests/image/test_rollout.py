@@ -175,7 +175,7 @@ def test_rollouts_under_load(cloud: LocalCloud, talkative_image: BoundImage, pro
         assert orders(server) == issued
         # Nothing of the rollout is left on the node.
         assert on_node(made, "ip -o -4 rule").split("\n")[0].split() == ["0:", "from", "all", "lookup", "local"]
-        assert "rollout" not in on_node(made, "ip -o link; nft list tables; iptables -S; ip6tables -S")
+        assert "rollout" not in on_node(made, "ip -o link; nft list ruleset")
         assert on_node(made, _SETTINGS) == settings
         assert tokens_counted(made, "alice") == sum(one.tokens for one in load.seen)
         said = verify_audit(made)

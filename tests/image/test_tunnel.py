@@ -38,24 +38,20 @@ async def main():
 
 asyncio.run(main())
 """
-# Docker's firewall is not here, and iptables need not be.
 _END = f"""
 import sys
 from pathlib import Path
 sys.path.insert(0, {str(_ROOTFS / "usr/lib/mini-llm")!r})
 import tunnel
 
-def ask(command, text=""):
-    return "" if command[0] in ("iptables", "ip6tables") else tunnel.run(command, text)
-
 what, own, peer, memory, *addresses = sys.argv[1:]
 ends = tunnel.Ends(own, peer)
 if what == "old":
-    tunnel.open_old(ends, addresses, Path(memory), ask)
+    tunnel.open_old(ends, addresses, Path(memory))
 elif what == "new":
-    tunnel.open_new(ends, "eth0", addresses, Path(memory), ask)
+    tunnel.open_new(ends, "eth0", addresses, Path(memory))
 else:
-    tunnel.close(Path(memory), ask)
+    tunnel.close(Path(memory))
 """
 # Neighbours are asked for in a dozen groups.
 _STRAY = """
@@ -91,7 +87,6 @@ def _add_node(network: Network, number: int) -> str:
         "route add default via fe80::1 dev eth0",
         namespace=namespace,
     )
-    run(["ip", "netns", "exec", namespace, "sysctl", "-q", "net.ipv4.ip_forward=1"])  # as Docker does
     run(["ip", "netns", "exec", namespace, "nft", "-f", str(_ROOTFS / "etc/nftables.conf")])
     run(["ip", "netns", "exec", namespace, "nft", "add element inet node private { enp7s0 }"])
     return namespace

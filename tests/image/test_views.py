@@ -41,12 +41,8 @@ def asked(cloud: LocalCloud, served: Node) -> tuple[str, ...]:
     return ("--domain", DOMAIN, "--authority", str(served.authority), "--monitoring-user", "operator")
 
 
-def test_status_of_a_node(
-    cloud: LocalCloud, served: Node, asked: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_status_of_a_node(cloud: LocalCloud, served: Node, asked: tuple[str, ...], tmp_path: Path) -> None:
     """Ready, its report, its certificate; a server beside it that is off is a line, and not well."""
-
-    monkeypatch.setenv("SERVICE_KEY", served.api_key)
 
     def look(*words: str, password: str = served.password) -> tuple[int, dict[str, Any]]:
         code, told = show(cloud, "status.py", *words, "--json", password=password, folder=tmp_path)

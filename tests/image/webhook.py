@@ -17,6 +17,7 @@ class Webhook:
         webhook = self
         self.fired: set[str] = set()
         self.over: set[str] = set()
+        self.links: set[str] = set()
         self.deaf = False
         self.pings = 0
 
@@ -26,6 +27,7 @@ class Webhook:
                 pinged = self.path == "/watchdog"
                 webhook.pings += pinged
                 for alert in [] if webhook.deaf or pinged else told["alerts"]:
+                    webhook.links |= {told["externalURL"], alert["generatorURL"]}
                     name, firing = alert["labels"]["alertname"], alert["status"] == "firing"
                     webhook.fired |= {name} if firing else set()
                     webhook.over = webhook.over - {name} if firing else webhook.over | {name}

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -283,6 +284,19 @@ def test_gunicorns_arguments_cannot_open_the_service(fake: Service) -> None:
     assert done.returncode != 0
     assert "error: bind, workers" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_control_socket_of_another_service_is_refused_in_one_line(fake: Service) -> None:
+    """That service keeps it, and the new one ends."""
+    own = {"LLM_PORT": str(free_port()), "LLM_CONTROL_SOCKET": str(fake.state_dir / f"control-{fake.port}.sock")}
+    command = [sys.executable, "-m", "gunicorn", "-c", "service/gunicorn.conf.py"]
+    with tempfile.TemporaryDirectory() as state_dir:
+        environment = {**fake.environment, **own, "LLM_STATE_DIR": state_dir}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=30)
+    assert done.returncode != 0
+    assert "already; name another with LLM_CONTROL_SOCKET" in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr + done.stdout
+    assert fake.drain("--limit", "0").returncode == 0
 
 
 def test_unknown_failures_do_not_quote_prompts(fake: Service) -> None:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -52,6 +53,16 @@ def test_the_price_is_the_lists() -> None:
     assert list(compare_prices(0.0088, [NODE], prices)) == []
     [told] = compare_prices(0.01, [NODE], prices)
     assert told.told == "price_eur_per_hour is 0.01, cx23 costs 0.0088 at fsn1"
+
+
+def test_the_file_is_that_of_the_folder_that_was_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the folder is called."""
+    (tmp_path / "image.auto.tfvars.json").write_text(json.dumps({"image_id": 7}))
+    asked = SimpleNamespace(folder=tmp_path, program="terraform", channel="stable", deployment="mini-llm", price=None)
+    cloud: Any = SimpleNamespace(snapshots=lambda: [make(7, channels={"stable": 1})])
+    monkeypatch.setattr(drift, "list_nodes", lambda cloud, deployment: [NODE])
+    monkeypatch.setattr(drift, "list_prices", lambda cloud: {})
+    assert drift.look(asked, cloud, lambda *words: []) == []  # type: ignore[arg-type]  # only these are looked at
 
 
 @pytest.mark.parametrize(

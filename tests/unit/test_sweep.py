@@ -13,6 +13,7 @@ from scripts.sweep import Resource, find_left, main, read_state, require_rest
 SERVER = Resource("hcloud_server", 1, "mini-llm-a", ("203.0.113.5",))
 OTHER = Resource("hcloud_server", 2, "mini-llm-b")
 KEY = Resource("hcloud_ssh_key", 2, "mini-llm-me")
+RECORD = Resource("hcloud_zone_rrset", "example.org/@/A", "@.example.org A")
 ADDRESS = Resource("hcloud_floating_ip", 3, "mini-llm-ipv4", protected=True)
 STATE = json.dumps(
     {
@@ -20,6 +21,10 @@ STATE = json.dumps(
             {
                 "type": "hcloud_server",
                 "instances": [{"attributes": {"id": "1"}}, {"deposed": "x", "attributes": {"id": "2"}}],
+            },
+            {
+                "type": "hcloud_zone_rrset",
+                "instances": [{"attributes": {"id": "@/AAAA", "zone": "example.org", "name": "@", "type": "AAAA"}}],
             },
             {"type": "terraform_data", "instances": [{"attributes": {"id": "no-number"}}]},
         ]
@@ -29,7 +34,11 @@ STATE = json.dumps(
 
 def test_a_state_is_all_that_it_will_see_to() -> None:
     """What it only wants to delete as well; an empty one knows nothing, and what is none is refused."""
-    assert read_state(STATE) == {("hcloud_server", 1), ("hcloud_server", 2)}
+    assert read_state(STATE) == {
+        ("hcloud_server", 1),
+        ("hcloud_server", 2),
+        ("hcloud_zone_rrset", "example.org/@/AAAA"),
+    }
     assert read_state("") == set()
     for damaged in ("{", "[]", '{"resources": [{}]}'):
         with pytest.raises(Refused):
@@ -63,17 +72,17 @@ def test_while_an_apply_is_under_way_nothing_is_left(tmp_path: Path) -> None:
     require_rest("terraform", tmp_path, fail("terraform plan failed: Error: Invalid value for variable"))
 
 
-@pytest.mark.parametrize(("words", "removed", "code"), [([], [], 1), (["--yes"], [2], 0)])
+@pytest.mark.parametrize(("words", "removed", "code"), [([], [], 1), (["--yes"], [2, ("example.org", "@", "A")], 0)])
 def test_it_tells_and_only_then_removes(
     words: list[str],
-    removed: list[int],
+    removed: list[Any],
     code: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """And says each by its name."""
-    gone: list[int] = []
+    gone: list[Any] = []
 
     class Cloud:
         def __init__(self, access: Any) -> None:
@@ -84,10 +93,15 @@ def test_it_tells_and_only_then_removes(
             assert end_s > 1.7e9  # Unix time, as Cloud counts it
             gone.append(number)
 
+        def delete_record(self, zone: str, name: str, of_type: str, end_s: float) -> None:
+            gone.append((zone, name, of_type))
+
     monkeypatch.setattr(sweep, "Cloud", Cloud)
     monkeypatch.setattr(sweep, "find_access", lambda: None)
-    monkeypatch.setattr(sweep, "list_resources", lambda cloud, deployment: [SERVER, OTHER, KEY])
+    monkeypatch.setattr(sweep, "list_resources", lambda cloud, deployment: [SERVER, OTHER, KEY, RECORD])
     monkeypatch.setattr(sweep, "run_terraform", lambda *words: STATE.splitlines())
     assert main(["--folder", str(tmp_path), *words]) == code
     assert gone == removed
-    assert "ssh key mini-llm-me (2)" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "ssh key mini-llm-me (2)" in told
+    assert "zone rrset @.example.org A (example.org/@/A)" in told

@@ -31,7 +31,7 @@ def test_promote_and_rollback_walk_one_line(
     for image in (images[1], images[0]):
         rollback(cloud, "stable", tmp_path)
         assert held(cloud)[0] == image.id
-        assert json.loads(tfvars_file(tmp_path, "stable").read_text()) == {
+        assert json.loads(tfvars_file(tmp_path / "terraform", "stable").read_text()) == {
             "image_id": image.id,
             "image_version": image.version,
         }
@@ -57,11 +57,11 @@ def test_promoting_the_holder_writes_no_label(
     """A second promotion only makes sure of the file."""
     image = make_snapshot(**VERIFIED)
     promote(cloud, image, "stable", tmp_path)
-    tfvars_file(tmp_path, "stable").unlink()
+    tfvars_file(tmp_path / "terraform", "stable").unlink()
     way.calls.clear()
     promote(cloud, image, "stable", tmp_path)
     assert [call for call in way.calls if not call.startswith("GET")] == []
-    assert json.loads(tfvars_file(tmp_path, "stable").read_text()) == {
+    assert json.loads(tfvars_file(tmp_path / "terraform", "stable").read_text()) == {
         "image_id": image.id,
         "image_version": image.version,
     }
@@ -71,7 +71,7 @@ def test_the_file_keeps_what_else_stands_in_it_and_other_channels_have_their_own
     cloud: Cloud, make_snapshot: Callable[..., Snapshot], tmp_path: Path
 ) -> None:
     """Terraform reads the default channel's by itself; another one must be named, or it would win or lose by chance."""
-    path = tfvars_file(tmp_path, "stable")
+    path = tfvars_file(tmp_path / "terraform", "stable")
     path.parent.mkdir()
     path.write_text('{"domain": "llm.example.org", "image_id": 1}')
     image = make_snapshot(**VERIFIED)
@@ -94,7 +94,7 @@ def test_only_verified_images_unless_named(
     with pytest.raises(Refused, match="not verified"):
         promote(cloud, image, "stable", tmp_path)
     assert held(cloud) == []
-    assert not tfvars_file(tmp_path, "stable").exists()
+    assert not tfvars_file(tmp_path / "terraform", "stable").exists()
     moved = promote(cloud, image, "stable", tmp_path, unverified=True)
     assert held(cloud) == [image.id]
     assert moved.now.deadline_s is None
@@ -143,4 +143,4 @@ def test_an_image_that_is_pruned_meanwhile(
     cloud.delete_snapshot(image)
     with pytest.raises(ImageGone):
         promote(cloud, image, "stable", tmp_path)
-    assert not tfvars_file(tmp_path, "stable").exists()
+    assert not tfvars_file(tmp_path / "terraform", "stable").exists()

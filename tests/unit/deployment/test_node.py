@@ -124,18 +124,16 @@ def test_prometheus_answers_with_a_number_or_none(script: Callable[[Answer], Scr
         query("192.0.2.1", WAY, "up")
 
 
-def test_the_boot_is_told_to_who_has_a_key(script: Callable[[Answer], Scripted]) -> None:
-    """The key goes by a header, and only to whom a certificate proves."""
-    keyed = Way("llm.example.org", authority="/a.pem", key="mllm_secret")
+def test_the_boot_is_told_to_everybody(script: Callable[[Answer], Scripted]) -> None:
+    """By whom a certificate proves, without a password."""
+    own = Way("llm.example.org", authority="/a.pem", user="operator", password="secret-word")
     asked = script(answer(200, {"boot": {"model_s": 1.5}}))
-    assert read_boot("192.0.2.1", keyed) == {"model_s": 1.5}
+    assert read_boot("192.0.2.1", own) == {"model_s": 1.5}
     [(request, verify)] = asked.seen
-    assert (request.headers["Authorization"], verify) == ("Bearer mllm_secret", "/a.pem")
-    for told, reason in ((answer(401, ""), "does not take the key"), (answer(200, {}), "makes no sense")):
-        script(told)
-        with pytest.raises(NotTold, match=reason) as caught:
-            read_boot("192.0.2.1", keyed)
-        assert "mllm_secret" not in str(caught.value) + repr(keyed)
+    assert ("Authorization" in request.headers, verify) == (False, "/a.pem")
+    script(answer(200, {}))
+    with pytest.raises(NotTold, match="makes no sense"):
+        read_boot("192.0.2.1", own)
 
 
 def test_the_certificate_is_read_also_where_nobody_would_take_it(
@@ -162,11 +160,19 @@ def test_the_certificate_is_read_also_where_nobody_would_take_it(
         read_certificate("192.0.2.1", WAY)
 
 
-def test_the_password_comes_from_the_environment_or_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_password_comes_from_the_environment_or_a_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Never from an argument; without either the command says what to do."""
     parser = argparse.ArgumentParser()
     add_options(parser)
     assert [action.dest for action in parser._actions if "password" in action.dest] == []
+    no_pem = tmp_path / "authority.pem"
+    no_pem.write_text("not one\n")
+    for wrong, reason in ((no_pem, "holds no certificate in PEM"), (tmp_path / "none", "is no file")):
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--authority", str(wrong)])
+        assert reason in capsys.readouterr().err
     options = parser.parse_args(["--monitoring-user", "operator"])
     monkeypatch.setenv(node.PASSWORD_VARIABLE, "x1")
     assert read_way(options, None) is None
@@ -182,3 +188,10 @@ def test_the_password_comes_from_the_environment_or_a_prompt(monkeypatch: pytest
     told = read_way(options, "llm.example.org")
     assert told is not None
     assert told.password == "x2"
+
+    def end(prompt: str) -> str:
+        raise EOFError
+
+    monkeypatch.setattr(node.getpass, "getpass", end)
+    with pytest.raises(Refused, match="no password was typed"):
+        read_way(options, "llm.example.org")

@@ -95,13 +95,11 @@ def test_what_a_node_says_is_one_record(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(status, "read_certificate", lambda address, way: good)
     monkeypatch.setattr(status, "why_not_ready", lambda address, way: None)
     monkeypatch.setattr(status, "see", lambda address, way, path: REPORT)
-    assert ask("192.0.2.1", WAY) == Told(None, 80.2, None, read_report(REPORT))
-    keyed = Way("llm.example.org", key="k")
     for token_s, first_s in ((1.75, 1.75), (None, 1.5)):
         boot = {"model_s": 1.5, "first_token_s": token_s}
         monkeypatch.setattr(status, "read_boot", lambda address, way, boot=boot: boot)
-        assert ask("192.0.2.1", keyed) == Told(None, 80.2, first_s)
-    assert ask("192.0.2.1", Way("llm.example.org")) == Told(None, 80.2)
+        assert ask("192.0.2.1", Way("llm.example.org")) == Told(None, 80.2, first_s)
+        assert ask("192.0.2.1", WAY) == Told(None, 80.2, first_s, read_report(REPORT))
     monkeypatch.setattr(status, "see", lambda address, way, path: {"image": "?", "failed_units": []})
     assert ask("192.0.2.1", WAY).silence
     monkeypatch.setattr(status, "read_certificate", lambda address, way: Certificate(3, "self-signed certificate"))

@@ -106,6 +106,9 @@ def test_faults_are_found(line: str) -> None:
 def test_docker_itself_is_kept_tight() -> None:
     """No registry without a certificate, no socket on the network, nothing that gains privileges."""
     settings = json.loads(TEXTS["image/rootfs/etc/docker/daemon.json"])
-    assert settings.keys() == {"log-driver", "userland-proxy", "icc", "no-new-privileges", "metrics-addr"}
+    nets = {"bridge": "none", "iptables": False, "ip6tables": False, "ip-forward": False}
+    assert settings.keys() == {"log-driver", "no-new-privileges", "metrics-addr", *nets}
+    # All containers are on the host's network: rules of Docker's own would be for nobody.
+    assert {name: settings[name] for name in nets} == nets
     assert settings["no-new-privileges"] is True
     assert settings["metrics-addr"].startswith("127.0.0.1:")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from scripts import handover_key
 from scripts.handover_key import main, make_pair
 from service.counters import NodeStorage
 from tests.image.scripts import ROOT, load_script
@@ -147,9 +148,29 @@ class Old:
         monkeypatch.setattr(handover.Handler, "places", self.places)
         monkeypatch.setattr(handover.tunnel, "run", self.run)
         monkeypatch.setattr(handover, "systemctl", lambda *words: self.did.append(" ".join(words)))
-        monkeypatch.setattr(
-            handover.Handler, "_stop", lambda handler, *units: self.did.append(f"stop {' '.join(units)}")
-        )
+        self.stop_code = 0
+        monkeypatch.setattr(handover.subprocess, "Popen", self.stop)
+
+    def stop(self, command: list[str], **more: object) -> "Old":
+        """In the place of a process, with what is asked of it."""
+        self.did.append(" ".join(command[1:]))
+        return self
+
+    def __enter__(self) -> "Old":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """It is over."""
+
+    def poll(self) -> int:
+        return self.stop_code
+
+    def kill(self) -> None:
+        """It is over."""
+
+    @property
+    def returncode(self) -> int:
+        return self.stop_code
 
     def run(self, command: list[str], text: str = "") -> str:
         self.did.append(" ".join(command) + text)
@@ -203,6 +224,10 @@ def test_the_end_stops_what_answers_and_nothing_starts_it_again(
     old = Old(tmp_path / "old", monkeypatch)
     assert old.post(keys, "/finish", {}) == 200
     assert old.did == ["stop mini-llm-stack.service", "stop mini-llm.socket mini-llm.service"]
+    # What may still answer is no end: the new node asks again.
+    old.stop_code = 1
+    assert old.post(keys, "/finish", {}) == 500
+    assert old.did[2:] == ["stop mini-llm-stack.service"]
 
 
 def test_a_command_that_fails_is_told_as_trouble(keys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,6 +276,14 @@ def test_a_node_holds_the_addresses_until_it_has_a_successor(tmp_path: Path) -> 
     assert handover.holds_since(tmp_path) > 0
     (tmp_path / "successor").write_text("next\n")
     assert handover.holds_since(tmp_path) is None
+
+
+def test_a_key_that_was_not_made_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the next call would take it for the key that running nodes have."""
+    monkeypatch.setattr(handover_key, "make_pair", lambda now: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        main([str(tmp_path / "handover.auto.tfvars.json")])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_key_is_made_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,11 +28,11 @@ def routes(facts: dict[str, Any] | None) -> dict[str, Any]:
 def test_the_monitoring_is_open_to_its_password_alone() -> None:
     """Every one of its routers asks for it, and only Grafana takes more than reading."""
     opened = {name: router for name, router in routes(FACTS)["routers"].items() if "monitoring." in router["rule"]}
-    assert sorted(opened) == ["alertmanager", "grafana", "prometheus", "report"]
+    assert sorted(opened) == ["alertmanager", "grafana", "graph", "prometheus", "report"]
     for name, router in opened.items():
         assert "operator" in router["middlewares"], name
         assert router["tls"] == {"certResolver": "acme"}
-        assert ("(Method(`GET`) || Method(`HEAD`))" in router["rule"]) == (name != "grafana")
+        assert ("(Method(`GET`) || Method(`HEAD`))" in router["rule"]) == (name not in ("grafana", "graph"))
     asked = routes(FACTS)["middlewares"]["operator"]["basicAuth"]
     assert (asked["users"], asked["removeHeader"]) == (["operator:$apr1$x$y"], True)
 

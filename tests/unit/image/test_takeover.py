@@ -324,6 +324,23 @@ def test_what_the_old_node_leaves_is_insisted_on(tmp_path: Path, monkeypatch: py
     assert own.board.state.reason is None
 
 
+def test_a_history_that_cannot_be_had_holds_up_no_rollout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the old node's Prometheus is what is broken, long before Terraform's patience of 900 s ends."""
+    network = Network()
+    own = make(tmp_path, network)
+    monkeypatch.setattr(network, "ask", lambda path, **more: None)
+    monkeypatch.setattr(takeover, "take_audit", lambda *words: None)
+
+    def take_history(*words: Any) -> int:
+        raise takeover.Trouble("Prometheus does not answer")
+
+    monkeypatch.setattr(takeover, "take_history", take_history)
+    monkeypatch.setattr(network, "tell", lambda *words, **more: {**IDLE, "counters": {}, "revoked": []})
+    own.finish(network)
+    assert network.time_s < 120
+    assert own.board.state.notes == ("its history did not come over from the old node: Prometheus does not answer",)
+
+
 def test_revoked_keys_are_only_added(tmp_path: Path) -> None:
     """What is no hash is nothing."""
     path = tmp_path / "revoked"

@@ -16,7 +16,7 @@ RULES = "0:\tfrom all lookup local\n32766:\tfrom all lookup main\n32767:\tfrom a
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The kernel's, in a folder."""
     root = tmp_path / "net"
-    names = [*tunnel._BOTH, *tunnel._NEW_ONLY, *tunnel._LASTING]
+    names = [*tunnel._BOTH, *tunnel._NEW_ONLY]
     for name in (*names, "ipv4/conf/rollout/rp_filter", "ipv4/conf/rollout/accept_local"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text("before\n")
@@ -29,7 +29,6 @@ class Kernel:
 
     def __init__(self) -> None:
         self.asked: list[str] = []
-        self.docker: dict[str, list[str]] = {"iptables": ["-j RETURN"]}
         self.rules = {"-4": {0: "local", 32766: "main"}, "-6": {0: "local", 32766: "main"}}
 
     def ask(self, command: list[str], text: str = "") -> str:
@@ -41,16 +40,6 @@ class Kernel:
                 self.rules[family][int(words[-1])] = words[words.index("lookup") + 1]
             case ["ip", family, "rule", "delete", "priority", at]:
                 del self.rules[family][int(at)]
-            case [program, "-w", "-N", "DOCKER-USER"]:
-                if program in self.docker:
-                    raise subprocess.CalledProcessError(1, command)
-                self.docker[program] = []
-            case [program, "-w", "-I", "DOCKER-USER", *words]:
-                self.docker[program].insert(0, " ".join(words))
-            case [program, "-w", "-D", "DOCKER-USER", *words]:
-                if " ".join(words) not in self.docker.get(program, []):
-                    raise subprocess.CalledProcessError(1, command)
-                self.docker[program].remove(" ".join(words))
             case ["ip", "link", "delete", *_]:
                 raise subprocess.CalledProcessError(1, command)
         return ""
@@ -63,13 +52,10 @@ def test_the_new_end_comes_and_goes(settings: Path, tmp_path: Path) -> None:
     for family in ("-4", "-6"):
         assert kernel.rules[family] == {1: tunnel.TABLE, 10: "local", 32766: "main"}
     assert (settings / "ipv4/ip_forward").read_text() == "1"
-    through = ["-o rollout -j ACCEPT", "-i rollout -j ACCEPT"]  # before all else in Docker's chain
-    assert kernel.docker == {"iptables": [*through, "-j RETURN"], "ip6tables": through}
     assert any(words.startswith("link add rollout mtu 1400 type vxlan") for words in kernel.asked)
     tunnel.close(memory, kernel.ask)
     for family in ("-4", "-6"):
         assert kernel.rules[family] == {0: "local", 32766: "main"}
-    assert kernel.docker == {"iptables": ["-j RETURN"], "ip6tables": []}
     for name in (*tunnel._BOTH, *tunnel._NEW_ONLY):
         assert (settings / name).read_text() == "before"
     assert not memory.exists()

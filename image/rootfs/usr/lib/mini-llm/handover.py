@@ -340,7 +340,7 @@ class Handler(BaseHTTPRequestHandler):
         self._tell({})
 
     def _stop(self, *units: str) -> None:
-        """Stops units; meanwhile the tunnel stays, for what they still answer."""
+        """Stops units; meanwhile the tunnel stays, for what they still answer. Raises SubprocessError if they go on."""
         end_s = time.monotonic() + _STOP_TIMEOUT_S
         with subprocess.Popen(["systemctl", "stop", *units], stdin=subprocess.DEVNULL) as stopping:
             while stopping.poll() is None and time.monotonic() < end_s:
@@ -348,6 +348,8 @@ class Handler(BaseHTTPRequestHandler):
                 with suppress(subprocess.TimeoutExpired):
                     stopping.wait(_TOUCH_EVERY_S)
             stopping.kill()
+        if stopping.returncode:
+            raise subprocess.CalledProcessError(stopping.returncode, ["systemctl", "stop", *units])
 
     def _send_audit(self) -> None:
         folders = [self.places.state / "audit", *sorted((self.places.state / "audit-before").glob("*"))]

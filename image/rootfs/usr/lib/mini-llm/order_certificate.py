@@ -58,7 +58,9 @@ def order_again(traefik: Path, number: int) -> None:
 
 
 def _note(path: Path) -> None:
-    path.write_text(f"{time.clock_gettime(time.CLOCK_BOOTTIME):.2f}\n")
+    unfinished = path.with_suffix(".unfinished")  # whoever reads a time finds it whole
+    unfinished.write_text(f"{time.clock_gettime(time.CLOCK_BOOTTIME):.2f}\n")
+    unfinished.replace(path)
 
 
 def render_metrics(names: list[str], missing: list[str]) -> str:

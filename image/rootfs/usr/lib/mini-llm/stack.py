@@ -229,9 +229,15 @@ def _add_monitoring(http: dict[str, Any], facts: dict[str, Any], own: dict[str, 
             }
         },
     }
+    # Alerts name Prometheus' page of their expression, under its external address; the dashboards stand for it.
+    http["middlewares"]["dashboards"] = {
+        "redirectRegex": {"regex": "^(https?://[^/]+)/graph.*", "replacement": "${1}/"}
+    }
+    graph = {"rule": f"{host} && Path(`/graph`)", "priority": 1000, "service": "grafana"}
+    graph["middlewares"] = [*chain, "dashboards"]
     pages = {"rule": f"{host} && {others} && !Path(`/node`)", "service": "grafana", "middlewares": chain}
     report = {"rule": f"{reading} && Path(`/node`)", "service": "report", "middlewares": chain}
-    http["routers"] |= {"grafana": {**own, **pages}, "report": {**own, **report}}
+    http["routers"] |= {"graph": {**own, **graph}, "grafana": {**own, **pages}, "report": {**own, **report}}
     http["services"] |= {"grafana": {"loadBalancer": _balanced(GRAFANA)}, "report": {"loadBalancer": _balanced(REPORT)}}
     for name, (path, address) in apis.items():
         rule = f"{reading} && PathPrefix(`/{name}{path}`)"

@@ -42,7 +42,9 @@ _NETWORK_WITHIN_S, _CONNECT_TIMEOUT_S, _ASK_TIMEOUT_S = 60.0, 1.5, 10.0
 _LARGEST_NETWORK = 1024  # addresses that are tried one by one
 _FINISH_TIMEOUT_S = 800.0  # Traefik and service, each with the time that its answers have
 _BEFORE_WITHIN_S = 840.0
-_INSIST_S, _INSIST_EVERY_S = 1800.0, 5.0
+# Accounts and answers are worth an apply that fails; the monitoring's history is not, least of all where the old node's
+# Prometheus is what is broken.
+_INSIST_S, _INSIST_ON_HISTORY_S, _INSIST_EVERY_S = 1800.0, 60.0, 5.0
 _LOOKS, _LOOK_AGAIN_S = 3, 2.0
 _LARGEST_ARCHIVE_BYTES = 4 << 30
 _NODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,62}")
@@ -561,12 +563,12 @@ class Takeover:
             "its history": lambda: take_history(peer.ask("/history", timeout_s=120.0), self.places.prometheus, aside),
         }
         for what, step in steps.items():
-            self._insist(peer, what, step)
+            self._insist(peer, what, step, _INSIST_ON_HISTORY_S if what == "its history" else _INSIST_S)
         self.board.tell(reason=None)
 
-    def _insist(self, peer: Peer, what: str, step: Callable[[], Any]) -> None:
+    def _insist(self, peer: Peer, what: str, step: Callable[[], Any], within_s: float) -> None:
         """Tries a step again as long as the old node is there: it is deleted once this one says that it is done."""
-        end_s = self.now_s() + _INSIST_S
+        end_s = self.now_s() + within_s
         while True:
             try:
                 step()

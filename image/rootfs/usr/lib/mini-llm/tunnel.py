@@ -26,18 +26,13 @@ _MARKED_PRIORITY, MOVED_PRIORITY = 19999, 20000
 # Inside the tunnel: the old node's end and the new one's.
 _OLD, _NEW = ("169.254.77.1", "fe80::77:1"), ("169.254.77.2", "fe80::77:2")
 _LEASE_S = 60.0
-# Docker drops what is forwarded, but for what stands in its chain for others' rules:
-# https://docs.docker.com/engine/network/packet-filtering-firewalls/
-_DOCKERS, _FIREWALLS, _SIDES = "DOCKER-USER", ("iptables", "ip6tables"), ("-i", "-o")
 _SETTINGS = Path("/proc/sys/net")
 # What is different as long as the tunnel is open; what was before comes back.
 _BOTH = {
     # Packets of flows whose beginning was not seen are invalid: handed on by the new node, dropped by the old one.
     "netfilter/nf_conntrack_tcp_loose": "0",
 }
-_NEW_ONLY = {"ipv6/conf/all/forwarding": "1"}
-# Docker sets it on every node, at its own start.
-_LASTING = {"ipv4/ip_forward": "1"}
+_NEW_ONLY = {"ipv4/ip_forward": "1", "ipv6/conf/all/forwarding": "1"}
 
 Run = Callable[[list[str], str], str]
 
@@ -231,18 +226,12 @@ def open_new(ends: Ends, link: str, addresses: Iterable[str], memory: Path, ask:
     """Opens the new node's end, and hands on from then on; raises OSError, SubprocessError."""
     _clear(ask)
     _set(_BOTH | _NEW_ONLY, memory)
-    _set(_LASTING)
     _permit(ends.peer, ask)
     for words in new_commands(ends, link):
         ask(["ip", *words.split()], "")
     # What comes through the tunnel is sent under an address of this node's own.
     _set({f"ipv4/conf/{INTERFACE}/rp_filter": "0", f"ipv4/conf/{INTERFACE}/accept_local": "1"})
     ask(["nft", "-f", "-"], render_watch(link, addresses, hand_on=True))
-    for program in _FIREWALLS:
-        # Docker, which may start only now, uses the chain that it finds, and keeps what stands there.
-        _try(ask, [program, "-w", "-N", _DOCKERS])
-        for side in _SIDES:
-            ask([program, "-w", "-I", _DOCKERS, side, INTERFACE, "-j", "ACCEPT"], "")
 
 
 def watch(link: str, addresses: Iterable[str], ask: Run = run) -> None:
@@ -267,9 +256,6 @@ def _clear(ask: Run) -> None:
             continue  # without IPv6 there are none of its rules
         for words in commands:
             _try(ask, ["ip", *words.split()])
-    for program in _FIREWALLS:
-        for side in _SIDES:
-            _try(ask, [program, "-w", "-D", _DOCKERS, side, INTERFACE, "-j", "ACCEPT"])
     _try(ask, ["ip", "link", "delete", INTERFACE])
     _try(ask, ["nft", "-f", "-"], "table inet rollout\ndelete table inet rollout\n")
     _try(ask, ["nft", "-f", "-"], "flush set inet node peers\n")
