@@ -245,7 +245,7 @@ def _channel(text: str) -> str:
     return text
 
 
-def _open(options: argparse.Namespace) -> tuple[Cloud, Path]:
+def _open() -> tuple[Cloud, Path]:
     return Cloud(find_access()), state_folder()
 
 
@@ -273,7 +273,7 @@ def _wishes(options: argparse.Namespace) -> Wishes:
 
 
 def _build(options: argparse.Namespace) -> _Told:
-    cloud, state = _open(options)
+    cloud, state = _open()
     console = _console(cloud.access, state, options.model)
     baked = build(_wishes(options), cloud, state, console)
     document = {
@@ -295,7 +295,7 @@ def _build(options: argparse.Namespace) -> _Told:
 
 
 def _verify(options: argparse.Namespace) -> _Told:
-    cloud, state = _open(options)
+    cloud, state = _open()
     wishes = Wishes(
         options.tree, model_file=options.model_file, locations=options.location, node_type=options.node_type
     )
@@ -312,7 +312,7 @@ def _verify(options: argparse.Namespace) -> _Told:
 
 
 def _promote(options: argparse.Namespace) -> _Told:
-    cloud, _ = _open(options)
+    cloud, _ = _open()
     if options.unverified not in (None, options.image):
         raise Refused(
             f"--unverified names {options.unverified}, not {options.image}", "say the same id twice, or leave it out"
@@ -324,13 +324,13 @@ def _promote(options: argparse.Namespace) -> _Told:
 
 
 def _rollback(options: argparse.Namespace) -> _Told:
-    cloud, _ = _open(options)
+    cloud, _ = _open()
     moved = rollback(cloud, options.channel, options.tree)
     return {"image": describe(moved.now), "terraform": str(moved.file)}, moved.lines()
 
 
 def _list(options: argparse.Namespace) -> _Told:
-    cloud, _ = _open(options)
+    cloud, _ = _open()
     snapshots = sorted(cloud.snapshots(), key=lambda each: each.id)
     held = {name: holders(snapshots, name)[0].id for name in channels(snapshots) if holders(snapshots, name)}
     document = {"images": [describe(each) for each in snapshots], "channels": held}
@@ -408,7 +408,7 @@ def _wanted_inputs(options: argparse.Namespace, state: Path, snapshots: list[Sna
 
 
 def _prune(options: argparse.Namespace) -> _Told:
-    cloud, state = _open(options)
+    cloud, state = _open()
     wanted = _wanted_inputs(options, state, cloud.snapshots())
     plan = plan_pruning(cloud, options.keep, wanted)
     if not plan.going:
@@ -420,7 +420,7 @@ def _prune(options: argparse.Namespace) -> _Told:
 
 
 def _sweep(options: argparse.Namespace) -> _Told:
-    cloud, state = _open(options)
+    cloud, state = _open()
     stop_orphans(state)
     leftovers = find_leftovers(cloud, state)
     if not len(leftovers):
@@ -457,7 +457,7 @@ def _pins(options: argparse.Namespace) -> _Told:
 
 
 def _cost(options: argparse.Namespace) -> _Told:
-    cloud, state = _open(options)
+    cloud, state = _open()
     document = cost(cloud, state)
     lines = [
         (" unknown" if row["eur_per_month"] is None else f"{row['eur_per_month']:8.2f}")

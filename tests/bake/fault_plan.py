@@ -142,7 +142,7 @@ def _plan_of(sites: list[Site], call: int, **what: Any) -> list[dict[str, Any]]:
     return [site.fault(call=call, **what) for site in sites if site.count >= call]
 
 
-def _meet(clean: Clean, call: int, sites: list[Site], what: dict[str, Any], bench: Bench) -> list[str]:
+def _meet(call: int, sites: list[Site], what: dict[str, Any], bench: Bench) -> list[str]:
     """One bake, each of whose sites meets a fault at its n-th call."""
     bench.plan(*_plan_of(sites, call, **what))
     done = build(bench, "--promote").finish()
@@ -168,7 +168,7 @@ def _ways(clean: Clean) -> Iterator[Case]:
     for name, sites, what in ways:
         deepest = min(_DEEPEST, max(site.count for site in sites))
         for call in range(1, deepest + 1):
-            yield Case("passing", f"{name}, call {call}", partial(_meet, clean, call, sites, what))
+            yield Case("passing", f"{name}, call {call}", partial(_meet, call, sites, what))
 
 
 # Every call meets what does not pass.

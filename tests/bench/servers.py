@@ -188,7 +188,7 @@ def started(server: Server, port: int) -> Iterator[subprocess.Popen[bytes]]:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def wait_for_token(server: Server, process: subprocess.Popen[bytes], port: int) -> float:
+def wait_for_token(process: subprocess.Popen[bytes], port: int) -> float:
     """When the first token came; asks as soon as somebody listens, again and again, up to a deadline."""
     end_s = time.perf_counter() + _START_S
     while time.perf_counter() < end_s:
@@ -233,7 +233,7 @@ def live(server: Server, first_number: int) -> Life:
     """One life of a server, with prompts of its own."""
     life, port, begun_s = Life(), free_port(), time.perf_counter()
     with started(server, port) as process:
-        life.start_s = wait_for_token(server, process, port) - begun_s
+        life.start_s = wait_for_token(process, port) - begun_s
         life.memory_mb = resident_mb(process)
         for number in range(first_number, first_number + 3):
             asked_s = time.perf_counter()
@@ -435,7 +435,7 @@ def measure(model: Path, rounds: int, without: list[str]) -> int:
 def _end_at_once(server: Server, number: int) -> int:
     port = free_port()
     with started(server, port) as process:
-        wait_for_token(server, process, port)
+        wait_for_token(process, port)
         return end_while_streaming(server, process, port, list(range(number, number + CLIENTS)), drain=False)
 
 

@@ -200,7 +200,7 @@ class Actions:
             return {"code": "server_error", "message": "the local cloud made a mistake; its log says more"}
         return None
 
-    def _end(self, begun: _Begun, failure: Document) -> None:
+    def _end(self, begun: _Begun) -> None:
         try:
             begun.step.undo()
         except (MachineFailed, sqlite3.Error) as error:
@@ -214,7 +214,7 @@ class Actions:
             for begun in steps:
                 error = error or self._do(begun)
                 if error:
-                    self._end(begun, error)
+                    self._end(begun)
                 self._write_end(begun, error, *((hold, use) if begun is steps[-1] else ((), ())))
         except _Closing:
             pass

@@ -32,7 +32,6 @@ class LoadedZone:
 
     origin: dns.name.Name
     nodes: Mapping[dns.name.Name, _Node]
-    soa: dns.rrset.RRset
     negative: dns.rrset.RRset  # the SOA as it stands beside the answer that there is nothing
 
 
@@ -63,7 +62,7 @@ def load(zone: Zone) -> LoadedZone:
         raise MachineFailed(f"the zone {zone.name} cannot be served: {error}") from error
     negative = soa.copy()  # type: ignore[no-untyped-call]  # dnspython leaves it without annotations
     negative.ttl = min(soa.ttl, soa[0].minimum)
-    return LoadedZone(origin, nodes, soa, negative)
+    return LoadedZone(origin, nodes, negative)
 
 
 def find_zone(zones: Iterable[LoadedZone], name: dns.name.Name) -> LoadedZone | None:
