@@ -9,9 +9,12 @@ from scripts.local_cloud.machine_interface import FirewallRule, MachineFailed, M
 
 @dataclass
 class StubMachines:
-    """Remembers what it was asked for; ``delays_s`` slow a method down, ``failing`` maps it to what it fails with."""
+    """Remembers what it was asked for; ``delays_s`` slow a method down, ``failing`` maps it to what it fails with,
+    ``hanging`` to what it waits for before it fails.
+    """
 
     delays_s: dict[str, float] = field(default_factory=dict)
+    hanging: dict[str, threading.Event] = field(default_factory=dict)
     failing: dict[str, MachineFailed] = field(default_factory=dict)
     obeys_button: bool = True
     image_size_gb: float = 1.25
@@ -38,6 +41,9 @@ class StubMachines:
             self._busy.add(subject)
         try:
             time.sleep(self.delays_s.get(method, 0))
+            if method in self.hanging:
+                self.hanging[method].wait()
+                raise MachineFailed("whoever asked was killed")
             if method in self.failing:
                 raise self.failing[method]
         finally:

@@ -1,6 +1,7 @@
 """What a start of the cloud finds, after a stop and after a SIGKILL."""
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -12,9 +13,11 @@ BODY = {"name": "web", "server_type": "cx23", "image": "debian-13"}
 
 
 @pytest.fixture
-def hang(start_cloud: Callable[..., Cloud]) -> Callable[[str], Cloud]:
-    """A cloud that will be killed while its machines do one thing; they do it a little later, unheard."""
-    return lambda method: start_cloud(StubMachines(delays_s={method: 0.5}))
+def hang(start_cloud: Callable[..., Cloud]) -> Iterator[Callable[[str], Cloud]]:
+    """A cloud that will be killed while its machines do one thing, which lasts until the test is over."""
+    over = threading.Event()
+    yield lambda method: start_cloud(StubMachines(hanging={method: over}))
+    over.set()
 
 
 def _kill_and_start(cloud: Cloud, method: str) -> Cloud:
@@ -98,11 +101,10 @@ def test_a_snapshot_cut_short_is_unavailable(hang: Callable[[str], Cloud]) -> No
     again.stop()
 
 
-def test_a_rebuild_cut_short_leaves_a_server_that_can_be_rebuilt(start_cloud: Callable[..., Cloud]) -> None:
+def test_a_rebuild_cut_short_leaves_a_server_that_can_be_rebuilt(hang: Callable[[str], Cloud]) -> None:
     """Off and without a disk until then."""
-    cloud = start_cloud()
+    cloud = hang("delete_disk")
     server_id = cloud.make_server()
-    cloud.machines.delays_s["delete_disk"] = 0.5
     cloud.post(f"/servers/{server_id}/actions/rebuild", {"image": "debian-13"})
     again = _kill_and_start(cloud, "delete_disk")
     assert again.status(server_id) == "off"
