@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.image.harness import ROOT
 from tests.image.scripts import load_script
 
 tunnel = load_script("rootfs/usr/lib/mini-llm/tunnel.py")
+handover = load_script("rootfs/usr/lib/mini-llm/handover.py")
+ROOTFS = ROOT / "image" / "rootfs"
 ENDS = tunnel.Ends("10.77.0.3", "10.77.0.2")
 RULES = "0:\tfrom all lookup local\n32766:\tfrom all lookup main\n32767:\tfrom all lookup default\n"
 
@@ -103,3 +106,16 @@ def test_the_link_outside() -> None:
     assert tunnel.find_link("default via 172.31.1.1 dev enp1s0 proto dhcp\n") == "enp1s0"
     with pytest.raises(ValueError, match="no link leads outside"):
         tunnel.find_link("")
+
+
+def test_the_nodes_own_table_lets_a_rollout_through_and_nothing_else() -> None:
+    """Its two ports, by the names and numbers that the programs have; forwarded is the tunnel alone."""
+    table = (ROOTFS / "etc/nftables.conf").read_text()
+    assert f"iifname @private tcp dport {handover.PORT} accept" in table
+    assert f"iifname @private ip saddr @peers udp dport {tunnel._VXLAN_PORT} accept" in table
+    forward = table.partition("chain forward {")[2].partition("}")[0]
+    assert "policy drop" in forward
+    accepted = [line.strip() for line in forward.splitlines() if line.endswith("accept")]
+    assert accepted == [f'{side}ifname "{tunnel.INTERFACE}" accept' for side in ("i", "o")]
+    listening = (ROOTFS / "etc/systemd/system/mini-llm-handover.socket").read_text()
+    assert f"ListenStream=0.0.0.0:{handover.PORT}\n" in listening
