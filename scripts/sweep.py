@@ -106,7 +106,8 @@ def list_resources(cloud: Cloud, deployment: str) -> list[Resource]:
     records = [
         (f"{zone}/{name}/{of_type}", f"{name}.{zone} {of_type}") for zone, name, of_type in cloud.records(selector)
     ]
-    return [*numbered, *(Resource(_RECORDS, place, name) for place, name in records)]
+    # First: what still led to an address that is given up would lead to whoever gets it next.
+    return [*(Resource(_RECORDS, place, name) for place, name in records), *numbered]
 
 
 def find_left(resources: Iterable[Resource], known: set[tuple[str, int | str]]) -> list[Resource]:
