@@ -29,7 +29,8 @@ forget_identity() {
 # an audit log, counters and measurements of its own; every node would go on with them.
 forget_state() {
     systemctl stop mini-llm.socket mini-llm.service mini-llm-monitoring.service mini-llm-stack.service 2>/dev/null || true
-    rm -rf /var/lib/mini-llm-prometheus/* /var/lib/mini-llm-alertmanager/* /var/lib/mini-llm/audit /var/lib/mini-llm/counters.sqlite3* /var/lib/mini-llm/revoked
+    rm -rf /var/lib/mini-llm/audit /var/lib/mini-llm/counters.sqlite3* /var/lib/mini-llm/revoked
+    rm -rf /var/lib/mini-llm-prometheus/* /var/lib/mini-llm-alertmanager/*
 }
 
 forget_logs() {
@@ -57,8 +58,8 @@ give_blocks_back() {
 
 forget_downloads
 forget_extra_authority
-forget_identity
 forget_state
+forget_identity
 forget_logs
 mark_caches_fresh
 give_blocks_back
