@@ -32,9 +32,8 @@ def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="handover_key.py", description=__doc__)
     parser.add_argument("file", nargs="?", type=Path, default=FILE, help="terraform/handover.auto.tfvars.json")
     path = parser.parse_args(words).file
-    text = (
-        json.dumps({"handover": make_pair(datetime.now(UTC))}, indent=1) + "\n"
-    )  # before there is a file to leave empty
+    # Made before there is a file: an empty one would be taken for a key.
+    text = json.dumps({"handover": make_pair(datetime.now(UTC))}, indent=1) + "\n"
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:

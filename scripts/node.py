@@ -173,7 +173,7 @@ def _file(text: str) -> str:
         raise argparse.ArgumentTypeError(f"{text} is no file")
     if text:
         try:
-            ssl.create_default_context().load_verify_locations(text)
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(text)
         except OSError as error:
             raise argparse.ArgumentTypeError(f"{text} holds no certificate in PEM that can be read") from error
     return text

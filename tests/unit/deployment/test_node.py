@@ -6,6 +6,7 @@ import ssl
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from requests.adapters import BaseAdapter
 
-from scripts import node
+from scripts import cost, drift, node, status, sweep
 from scripts.bake.errors import Refused
 from scripts.bake.probe import make_facts
 from scripts.node import NotTold, Way, add_options, query, read_boot, read_certificate, read_way, see, why_not_ready
@@ -195,3 +196,10 @@ def test_the_password_comes_from_the_environment_or_a_prompt(
     monkeypatch.setattr(node.getpass, "getpass", end)
     with pytest.raises(Refused, match="no password was typed"):
         read_way(options, "llm.example.org")
+
+
+@pytest.mark.parametrize("program", [cost, drift, status, sweep], ids=lambda each: each.__name__)
+def test_ctrl_c_ends_without_a_traceback(program: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the code by which a shell tells it, for each of the operator's looks."""
+    monkeypatch.setattr(program, "find_access", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert program.main(["--folder", str(tmp_path)]) == 130

@@ -24,6 +24,17 @@ def served(domain: str) -> str:
     return json.dumps({"acme": {"Account": {}, "Certificates": [{"domain": {"main": domain}, "key": "x"}]}})
 
 
+def test_a_time_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    """Who reads it meanwhile has the old one: it is replaced, not emptied and filled."""
+    path = tmp_path / "certificate"
+    path.write_text("1.00\n")
+    with path.open() as reading:
+        order_certificate._note(path)
+        assert reading.read() == "1.00\n"
+    assert float(path.read_text()) > 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def delivered(metrics: str) -> list[str]:
     """What is told of each name."""
     return [line.split()[-1] for line in metrics.splitlines() if line.startswith("mini_llm_certificate_delivered{")]

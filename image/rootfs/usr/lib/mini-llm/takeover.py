@@ -556,14 +556,17 @@ class Takeover:
     def finish(self, peer: Peer) -> None:
         """What the old node can give only once it serves nobody any more; what cannot be had is a note."""
         aside = self.places.node / "taken-over"
-        steps: dict[str, Callable[[], Any]] = {
-            "its end": lambda: peer.tell("/finish", {}, _FINISH_TIMEOUT_S),
-            "its last counters": lambda: self.sync(peer),
-            "its audit log": lambda: take_audit(peer.ask("/audit", timeout_s=60.0), self.places.state, aside),
-            "its history": lambda: take_history(peer.ask("/history", timeout_s=120.0), self.places.prometheus, aside),
-        }
-        for what, step in steps.items():
-            self._insist(peer, what, step, _INSIST_ON_HISTORY_S if what == "its history" else _INSIST_S)
+
+        def history() -> None:
+            take_history(peer.ask("/history", timeout_s=120.0), self.places.prometheus, aside)
+
+        def audit() -> None:
+            take_audit(peer.ask("/audit", timeout_s=60.0), self.places.state, aside)
+
+        self._insist(peer, "its end", lambda: peer.tell("/finish", {}, _FINISH_TIMEOUT_S), _INSIST_S)
+        self._insist(peer, "its last counters", lambda: self.sync(peer), _INSIST_S)
+        self._insist(peer, "its audit log", audit, _INSIST_S)
+        self._insist(peer, "its history", history, _INSIST_ON_HISTORY_S)
         self.board.tell(reason=None)
 
     def _insist(self, peer: Peer, what: str, step: Callable[[], Any], within_s: float) -> None:
