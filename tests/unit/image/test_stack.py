@@ -1,13 +1,17 @@
 """What the containers are told of the facts."""
 
 import json
+import re
 from typing import Any
 
 import yaml
 
+from service.settings import Settings
 from tests.image.scripts import ROOT, load_script
 
 stack = load_script("rootfs/usr/lib/mini-llm/stack.py")
+handover = load_script("rootfs/usr/lib/mini-llm/handover.py")
+UNITS = ROOT / "image" / "rootfs" / "etc" / "systemd" / "system"
 STACK = ROOT / "image" / "rootfs" / "usr" / "share" / "mini-llm" / "stack"
 FACTS: dict[str, Any] = {
     "domain": "llm.example.org",
@@ -121,3 +125,24 @@ def test_all_but_traefik_listen_on_loopback() -> None:
     jobs = yaml.safe_load((STACK / "prometheus" / "prometheus.yaml").read_text())["scrape_configs"]
     targets = [target for job in jobs for group in job["static_configs"] for target in group["targets"]]
     assert all(target.startswith("127.0.0.1:") for target in targets)
+
+
+def test_units_listen_where_their_askers_ask() -> None:
+    """A unit's file cannot read Python's numbers, and they not it."""
+    listens = {"mini-llm": stack.SERVICE, "mini-llm-report": stack.REPORT, "mini-llm-rollout": stack.ROLLOUT}
+    for unit, address in listens.items():
+        assert f"\nListenStream={address}\n" in (UNITS / f"{unit}.socket").read_text()
+    scraped = yaml.safe_load((STACK / "prometheus" / "prometheus.yaml").read_text())["scrape_configs"]
+    targets = {job["job_name"]: job["static_configs"][0]["targets"] for job in scraped}
+    assert (targets["service"], targets["traefik"]) == ([stack.SERVICE], [stack.TRAEFIK])
+
+
+def test_nobody_stops_before_the_longest_answer_has_ended() -> None:
+    """The service drains, then its unit waits as long as Traefik's container does, and the container's unit longer."""
+    assert Settings().drain_limit_s < stack.LONGEST_ANSWER_S
+    assert f"\nTimeoutStopSec={stack.LONGEST_ANSWER_S}\n" in (UNITS / "mini-llm.service").read_text()
+    services = yaml.safe_load((STACK / "compose.yaml").read_text())["services"]
+    assert services["traefik"]["stop_grace_period"] == f"{stack.LONGEST_ANSWER_S}s"
+    found = re.search(r"\nTimeoutStopSec=(\d+)\n", (UNITS / "mini-llm-stack.service").read_text())
+    assert found
+    assert stack.LONGEST_ANSWER_S < int(found[1]) < handover._STOP_TIMEOUT_S

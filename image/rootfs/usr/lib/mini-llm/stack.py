@@ -9,7 +9,7 @@ from typing import Any
 _LETS_ENCRYPT = "https://acme-v02.api.letsencrypt.org/directory"
 _LARGEST_HEADERS_BYTES = 16 << 10
 _WATCHDOG = "Watchdog"
-_LONGEST_ANSWER_S = 330  # the service's own limit for answers when it drains, and a little
+LONGEST_ANSWER_S = 330  # the service's own limit for answers when it drains, and a little
 # Where each program listens; only Traefik's http and https are open to the outside.
 SERVICE, TRAEFIK, REPORT, ROLLOUT = (f"127.0.0.1:{port}" for port in (8080, 8082, 8083, 8084))
 GRAFANA, PROMETHEUS, ALERTMANAGER = "127.0.0.1:3000", "127.0.0.1:9090", "127.0.0.1:9093"
@@ -100,7 +100,7 @@ def traefik_files(facts: dict[str, Any] | None) -> dict[str, str]:
 def _traefik(facts: dict[str, Any]) -> dict[str, Any]:
     long = {
         # Answers on a CPU take minutes: what was accepted may finish, and only requests have to be quick.
-        "lifeCycle": {"requestAcceptGraceTimeout": "2s", "graceTimeOut": f"{_LONGEST_ANSWER_S}s"},
+        "lifeCycle": {"requestAcceptGraceTimeout": "2s", "graceTimeOut": f"{LONGEST_ANSWER_S}s"},
         "respondingTimeouts": {"readTimeout": "60s", "writeTimeout": "0s", "idleTimeout": "180s"},
         "keepAliveMaxTime": "600s",
     }

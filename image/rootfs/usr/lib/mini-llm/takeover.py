@@ -52,7 +52,7 @@ T = TypeVar("T")
 _LOOK_EVERY_S, _SYNC_EVERY_S = 0.2, 1.0
 _GONE_AFTER_S, _TRIES = 20.0, 3
 # After the move: connections on which nobody asks are ended by the old node, long before they would end by themselves.
-_IDLE_S, _LONGEST_ANSWER_S = 10.0, 330.0
+_IDLE_S = 10.0
 # Where moved flows would be cut: how long to wait for a moment without answers, and, if there is none, for their end
 # while new connections are kept waiting; how long these wait while the rest ends, and at most until the addresses move.
 _GAP_WITHIN_S, _DRAIN_S = 300.0, 60.0
@@ -542,7 +542,7 @@ class Takeover:
         if open_ones["connections"] in (0, None):
             return True
         now_s = self.now_s()
-        return now_s - asked_s > _IDLE_S or now_s - moved_s > _LONGEST_ANSWER_S
+        return now_s - asked_s > _IDLE_S or now_s - moved_s > stack.LONGEST_ANSWER_S
 
     def sync(self, peer: Peer) -> dict[str, Any]:
         """Counters and revoked keys as they are on the old node by now; what is open there."""
