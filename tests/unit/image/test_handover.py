@@ -1,9 +1,11 @@
 """What a node hands over, and to whom."""
 
 import json
+import os
 import socket
 import ssl
 import struct
+import tempfile
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -228,6 +230,30 @@ def test_the_end_stops_what_answers_and_nothing_starts_it_again(
     old.stop_code = 1
     assert old.post(keys, "/finish", {}) == 500
     assert old.did[2:] == ["stop mini-llm-stack.service"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="did not run: only root reads what others may not")
+def test_links_of_the_service_lead_nowhere_that_it_may_not_read(keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root hands its logs over, and would have followed them to the user-data."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:  # whose parents let everybody through
+        folder, nobody = Path(name), 65534
+        folder.chmod(0o755)
+        old = Old(folder, monkeypatch)
+        (folder / "instances/1").mkdir(parents=True)
+        for path in (folder / "instances/1/user-data.txt", old.places.state / "audit/log.jsonl"):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(f"in {path.name}")
+            path.chmod(0o600)
+        (old.places.state / "audit-before").symlink_to(folder / "instances")
+        for path in (old.places.state, *old.places.state.rglob("*")):
+            os.chown(path, nobody, nobody, follow_symlinks=False)
+        answer = ask(keys, keys, b"GET /audit HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert b"in log.jsonl" in answer
+        assert b"in user-data.txt" not in answer
+        assert handover.END.encode() not in answer  # who asks takes that for cut, and nothing of it
+        (old.places.state / "audit-before").unlink()
+        assert handover.END.encode() in ask(keys, keys, b"GET /audit HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert (os.geteuid(), os.getegid()) == (0, 0)
 
 
 def test_a_command_that_fails_is_told_as_trouble(keys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

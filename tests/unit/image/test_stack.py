@@ -57,6 +57,12 @@ def test_a_rollout_asks_past_the_service() -> None:
     assert router["priority"] > max(len(other["rule"]) for other in told["routers"].values())
     assert told["services"]["rollout"]["loadBalancer"]["servers"] == [{"url": f"http://{stack.ROLLOUT}"}]
     assert "rollout" not in routes(FACTS)["routers"]
+    # Each question is a process, of which there are four at a time: nobody has more than one, with all of a network.
+    limits = [told["middlewares"][name] for name in router["middlewares"] if name != "hardened"]
+    assert [list(limit) for limit in limits] == [["rateLimit"], ["inFlightReq"]]
+    for limit in limits:
+        [settings] = limit.values()
+        assert settings["sourceCriterion"] == {"ipStrategy": {"ipv6Subnet": 64}}
 
 
 def test_what_is_measured_names_its_node() -> None:

@@ -18,8 +18,8 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
@@ -60,6 +60,22 @@ class Places:
     node: Path = Path("/var/lib/mini-llm-node")
     addresses: Path = Path("/run/mini-llm/addresses")
     run: Path = Path("/run/mini-llm-rollout")
+
+
+@contextmanager
+def acting_as_owner(folder: Path) -> Iterator[None]:
+    """With the rights of the user whose folder it is: wherever his links lead, he gets what he could read himself.
+
+    Raises OSError.
+    """
+    owner, user, group = folder.lstat(), os.geteuid(), os.getegid()
+    os.setegid(owner.st_gid)
+    try:
+        os.seteuid(owner.st_uid)
+        yield
+    finally:
+        os.seteuid(user)
+        os.setegid(group)
 
 
 def read_bounded(path: Path) -> bytes:
@@ -294,10 +310,12 @@ class Handler(BaseHTTPRequestHandler):
         lease = self.places.run / "lease"
         if lease.exists():
             lease.touch()
+        with acting_as_owner(self.places.state):
+            counters = read_counters(self.places.state / "counters.sqlite3")
         self._tell(
             {
                 **self._state(),
-                "counters": read_counters(self.places.state / "counters.sqlite3"),
+                "counters": counters,
                 "revoked": sorted(read_revoked(self.places.state / "revoked")),
             }
         )
@@ -352,13 +370,16 @@ class Handler(BaseHTTPRequestHandler):
             raise subprocess.CalledProcessError(stopping.returncode, ["systemctl", "stop", *units])
 
     def _send_audit(self) -> None:
-        folders = [self.places.state / "audit", *sorted((self.places.state / "audit-before").glob("*"))]
-        self._send_folders([(path, socket.gethostname() if path.name == "audit" else path.name) for path in folders])
+        state = self.places.state
+        with acting_as_owner(state):
+            folders = [state / "audit", *sorted((state / "audit-before").glob("*"))]
+            self._send_folders([(path, socket.gethostname() if path == folders[0] else path.name) for path in folders])
 
     def _send_history(self) -> None:
         snapshot = take_snapshot(self.places.prometheus)
         try:
-            self._send_folders([(path, path.name) for path in sorted(snapshot.iterdir())])
+            with acting_as_owner(self.places.prometheus):
+                self._send_folders([(path, path.name) for path in sorted(snapshot.iterdir())])
             # From here on it would only tell of this node's end.
             systemctl("stop", "--no-block", "mini-llm-monitoring.service")
         finally:

@@ -199,9 +199,12 @@ def _routes(facts: dict[str, Any] | None) -> dict[str, Any]:
     if facts and "proof" in facts:
         # For who launches this node, by a key of its own; before the service's routes, whatever their length.
         asked = {"rule": f"Host(`{facts['domain']}`) && Path(`/rollout`)", "priority": 1000, "service": "rollout"}
-        document["http"]["routers"]["rollout"] = {**own, **asked, "middlewares": ["hardened", "seldom"]}
-        # Each question is a process.
-        document["http"]["middlewares"]["seldom"] = {"rateLimit": {"average": 3, "burst": 6}}
+        document["http"]["routers"]["rollout"] = {**own, **asked, "middlewares": ["hardened", "seldom", "one"]}
+        # Each question is a process, of which there are four at a time; whoever launches the node asks one by one.
+        document["http"]["middlewares"]["seldom"] = {
+            "rateLimit": {"average": 3, "burst": 6, "sourceCriterion": _BY_CLIENT}
+        }
+        document["http"]["middlewares"]["one"] = {"inFlightReq": {"amount": 1, "sourceCriterion": _BY_CLIENT}}
         document["http"]["services"]["rollout"] = {"loadBalancer": _balanced(ROLLOUT)}
     if facts and "monitoring" in facts:
         _add_monitoring(document["http"], facts, own)
