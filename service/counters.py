@@ -50,7 +50,8 @@ class NodeStorage(Storage, MovingWindowSupport):
         self._changed, self._closed = threading.Event(), False
         self._writer: threading.Thread | None = None
         self._windows_lock = threading.Lock()
-        self._windows: dict[str, deque[float]] = {}  # times of requests, in the order in which keys last took an entry
+        # Times of requests, by a clock that does not jump; in the order in which keys last took an entry.
+        self._windows: dict[str, deque[float]] = {}
         try:
             self._database = sqlite3.connect(
                 path, timeout=_LONGEST_WAIT_S, isolation_level=None, check_same_thread=False
@@ -172,7 +173,7 @@ class NodeStorage(Storage, MovingWindowSupport):
 
     def acquire_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> bool:
         """Takes entries in a key's window of the last ``expiry`` seconds; tells whether there was room for them."""
-        now_s = time.time()
+        now_s = time.monotonic()
         with self._windows_lock:
             window = self._window(key, now_s - expiry)
             if window:
@@ -190,14 +191,15 @@ class NodeStorage(Storage, MovingWindowSupport):
 
     def get_moving_window(self, key: str, limit: int, expiry: int) -> tuple[float, int]:
         """When the oldest entry of a key's window was taken (seconds since the epoch), and how many there are."""
-        now_s = time.time()
+        now_s = time.monotonic()
+        epoch_s = time.time() - now_s
         with self._windows_lock:
             window = self._windows.get(key)
             if window is None or window[0] < now_s - expiry:
                 window = self._window(key, now_s - expiry)
                 if window:
                     self._windows[key] = window
-            return (window[0], len(window)) if window else (now_s, 0)
+            return (epoch_s + window[0], len(window)) if window else (epoch_s + now_s, 0)
 
     def _window(self, key: str, since_s: float) -> "deque[float]":
         """A key's window without what is over; taken out, so that whoever puts it back puts it last."""

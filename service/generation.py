@@ -319,7 +319,9 @@ class Generation:
                 return None
             return Waiting()
         self.account.queue_s = time.monotonic() - self.account.started_s
-        request = GenerationRequest(self._request.messages, self.account.max_tokens, self._request.sampling)
+        request = GenerationRequest(
+            self._request.messages, self.account.max_tokens, self._request.sampling, owner=self._ticket.owner
+        )
         try:
             self._stream = self._generator.engine.generate(request)
         except EngineLost:

@@ -61,6 +61,12 @@ class _Deadlines:
             if client in self._ends_s:
                 self._ends_s[client] += seconds
 
+    def shorten(self, client: socket.socket, seconds: float) -> None:
+        """Leaves no more time than this from now on."""
+        with self._lock:
+            if client in self._ends_s:
+                self._ends_s[client] = min(self._ends_s[client], time.monotonic() + seconds)
+
     def end(self, client: socket.socket) -> bool:
         """Stops the clock and tells whether it had run out."""
         with self._lock:
@@ -228,6 +234,7 @@ class _Body:
     def __init__(self, worker: WebWorker, request: Any, client: socket.socket, environ: dict[str, Any]):
         self._worker, self._request, self._client = worker, request, client
         self._source = environ["wsgi.input"]
+        self._timeout_s = worker.body_timeout_s
         length = environ.get("CONTENT_LENGTH")
         chunked = "HTTP_TRANSFER_ENCODING" in environ
         self._length = int(length) if length and not chunked else None
@@ -242,6 +249,11 @@ class _Body:
         if self._data is not None or self._length is None:
             return self._data is not None
         return len(self._request.unreader.buf.getvalue()) >= self._length
+
+    def hurry(self, seconds: float) -> None:
+        """Gives what is still to come no more time than this."""
+        self._timeout_s = seconds
+        self._worker._deadlines.shorten(self._client, seconds)
 
     def read(self, size: int = -1) -> bytes:
         """The next bytes; never more than one beyond the limit of bodies. Raises BodyLate."""
@@ -268,7 +280,7 @@ class _Body:
         if late or len(body) == most:
             self._request.must_close = True
         if late:
-            raise BodyLate(worker.body_timeout_s)
+            raise BodyLate(self._timeout_s)
         return body
 
 

@@ -201,6 +201,7 @@ class Gpt4AllEngine:
             raise ModelRefused(f"the engine cannot load this model: {error}") from error
         self._tokenizer = _Tokenizer(spec.path)
         self._evaluated: list[tuple[Turn, int]] = []  # leading turns in the cache, with n_past after each
+        self._owner = ""  # who they are of
         self._description = Description(
             engine="gpt4all",
             engine_version=version("gpt4all"),
@@ -278,6 +279,8 @@ class _Generation:
     def run(self) -> Completion:
         engine = self._engine
         model = engine._model
+        if engine._owner != self._request.owner:
+            engine._owner, engine._evaluated = self._request.owner, []
         reused, n_past = self._reusable_turns()
         del engine._evaluated[reused:]
         model.on_prefill_token = self._take_prefill_token

@@ -41,13 +41,15 @@ class Sampling:
 class GenerationRequest:
     """What one slot works on; prompt and ``max_tokens`` together fit the context (the caller has counted).
 
-    ``told_time`` is the date that a chat template may write into the prompt; None stands for now.
+    ``told_time`` is the date that a chat template may write into the prompt; None stands for now. ``owner`` is whose it
+    is: what was evaluated for one is not taken for another, who would see by the time what others ask.
     """
 
     messages: tuple[Message, ...]
     max_tokens: int
     sampling: Sampling
     told_time: datetime | None = None
+    owner: str = ""
 
 
 @dataclass(frozen=True)

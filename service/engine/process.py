@@ -231,6 +231,7 @@ class EngineProcess:
                 messages=request.messages,
                 max_tokens=request.max_tokens,
                 sampling=request.sampling,
+                owner=request.owner,
             )
         except OSError as error:
             raise self.lost(life, begun=False) from error

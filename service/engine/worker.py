@@ -179,6 +179,7 @@ def _generate(engine: Engine, line: Line, message: dict[str, Any]) -> None:
             tuple(Message(**one) for one in message["messages"]),
             message["max_tokens"],
             Sampling(**message["sampling"]),
+            owner=message["owner"],
         )
         # While a slot works its line brings nothing but a cancel, or its end.
         done = engine.generate(request, on_piece, on_prefill, cancelled=line.has_input)

@@ -85,6 +85,21 @@ def test_greedy_repeats_also_after_other_work(engine: Engine) -> None:
     assert run(engine, "hello", system="be brief")[0] == first
 
 
+def test_what_was_evaluated_for_one_is_evaluated_anew_for_another(engine: Engine) -> None:
+    """Else the time that it takes would tell who else has asked the same."""
+    messages = (Message("system", "a text that is somebody's own"), Message("user", "hi"))
+
+    def prefilled(owner: str) -> int:
+        request = GenerationRequest(messages, 1, GREEDY, owner=owner)
+        return engine.generate(request, lambda piece: None, lambda tokens: None, lambda: False).prefill_tokens
+
+    whole = prefilled("alice")
+    if engine.describe().engine == "gpt4all":  # the other one here keeps nothing
+        assert prefilled("alice") < whole
+    assert prefilled("berta") == whole
+    assert prefilled("alice") == whole
+
+
 @pytest.mark.parametrize("after", [0, 1, 3])
 def test_cancel_takes_effect_within_a_token(engine: Engine, after: int) -> None:
     """Once cancelled no further piece comes, and the finish reason says so."""

@@ -134,6 +134,28 @@ def test_half_bodies_without_a_key_hold_nobody_up() -> None:
             assert client.recv(4096).startswith(b"HTTP/1.1 200 ")
 
 
+def test_half_bodies_of_one_key_hold_nobody_up() -> None:
+    """A few may dawdle; the others have the time of a body that was sent in one go, and the threads are free again."""
+    with running_service(engine_adapter=FAKE, auth="keys", body_timeout_s=20) as service:
+        key = service.keys("add", "somebody").strip()
+        head = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        head += b"Authorization: Bearer %s\r\nContent-Length: 500\r\n\r\n{" % key.encode()
+        clients = [service.open(head) for _ in range(100)]  # there are 80 threads
+        start_s = time.monotonic()
+        assert service.get("/health").status == 200
+        assert time.monotonic() - start_s < 5
+        cut = 0
+        for client in reversed(clients):  # those with more time came first
+            client.settimeout(0.01 if cut >= 92 else 2)
+            try:
+                cut += client.recv(4096).startswith(b"HTTP/1.1 408 ")
+            except TimeoutError:
+                pass
+        assert cut == 92
+        for client in clients:
+            client.close()
+
+
 def test_clients_that_do_not_close_hold_nobody_up(fake: Service) -> None:
     """Connections that the service closes and the client does not are lingered for aside, not in front of others."""
     clients = [fake.open(b"GET /health HTTP/1.0\r\n\r\n") for _ in range(40)]

@@ -270,10 +270,11 @@ def test_file_that_fails_for_a_while_is_made_up_for(tmp_path: Path) -> None:
 def test_windows_of_this_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The window moves; what is over leaves no trace in memory, however many addresses there were."""
     now_s = [1000.0]
-    monkeypatch.setattr("service.counters.time.time", lambda: now_s[0])
+    monkeypatch.setattr("service.counters.time.monotonic", lambda: now_s[0])
+    monkeypatch.setattr("service.counters.time.time", lambda: 7000.0 + now_s[0])
     storage = NodeStorage(tmp_path / "counters.sqlite3")
     assert [storage.acquire_entry("a", 2, 60) for _ in range(3)] == [True, True, False]
-    assert storage.get_moving_window("a", 2, 60) == (1000.0, 2)
+    assert storage.get_moving_window("a", 2, 60) == (8000.0, 2)
     now_s[0] += 30
     for number in range(5000):
         assert storage.acquire_entry(f"address {number}", 2, 60)
@@ -288,6 +289,20 @@ def test_windows_of_this_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for number in range(3000):
         storage.acquire_entry(f"another {number}", 2, 60)
     assert len(storage._windows) <= 100
+    storage.close()
+
+
+def test_a_clock_that_jumps_back_shuts_nobody_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window is a minute long, whatever the time of day."""
+    run_s, day_s = [50.0], [8000.0]
+    monkeypatch.setattr("service.counters.time.monotonic", lambda: run_s[0])
+    monkeypatch.setattr("service.counters.time.time", lambda: day_s[0])
+    storage = NodeStorage(tmp_path / "counters.sqlite3")
+    assert [storage.acquire_entry("a", 2, 60) for _ in range(3)] == [True, True, False]
+    run_s[0], day_s[0] = 80.0, 800.0
+    assert storage.get_moving_window("a", 2, 60) == (770.0, 2)
+    run_s[0] = 111.0
+    assert storage.acquire_entry("a", 2, 60)
     storage.close()
 
 
