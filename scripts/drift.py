@@ -6,6 +6,7 @@ Exit code 0 if nothing differs, 1 with a line for each thing that does, 2 for wr
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -129,10 +130,11 @@ def list_prices(cloud: Cloud) -> dict[tuple[str, str], float]:
 
 def run_terraform(program: str, folder: Path, *words: str) -> list[str]:
     """Lines of a command of Terraform. Raises Refused with its own words if it fails."""
+    access = find_access()  # Terraform knows nothing of the hcloud command's contexts
+    environment = {**os.environ, "HCLOUD_TOKEN": access.token, "HCLOUD_ENDPOINT": access.endpoint}
+    command = [program, f"-chdir={folder}", *words]
     try:
-        done = subprocess.run(
-            [program, f"-chdir={folder}", *words], capture_output=True, text=True, timeout=_PLAN_TIMEOUT_S
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_PLAN_TIMEOUT_S, env=environment)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Refused(
             f"{program} cannot be run: {error}", "install Terraform or OpenTofu, or name it: --program"
@@ -140,9 +142,10 @@ def run_terraform(program: str, folder: Path, *words: str) -> list[str]:
     if done.returncode not in (0, 2):
         said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
         errors = [json.loads(line)["@message"] for line in said if line.startswith("{") and '"error"' in line]
+        missing = any("init" in line for line in said)
         raise Refused(
             f"terraform {words[0]} failed: {(errors or said or ['it does not say why'])[0]}",
-            f"terraform -chdir={folder} init",
+            f"terraform -chdir={folder} init" if missing else f"terraform -chdir={folder} {words[0]} tells all of it",
         )
     return done.stdout.splitlines()
 
@@ -168,7 +171,9 @@ def _parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="drift.py",
         description=__doc__,
-        epilog="example: 17 * * * * cd mini-llm && .venv/bin/python scripts/drift.py || mail -s drift me@example.org",
+        epilog="example for cron, which has no HCLOUD_TOKEN but the context of the hcloud command:\n"
+        "  17 * * * * cd mini-llm && .venv/bin/python scripts/drift.py >.cache/drift 2>&1"
+        " || mail -s drift me@example.org <.cache/drift",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_place(parser)

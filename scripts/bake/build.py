@@ -29,7 +29,7 @@ from scripts.bake.errors import (
     Refused,
     Unavailable,
 )
-from scripts.bake.inputs import Model, Tree, read_tree
+from scripts.bake.inputs import STARTER, Model, Tree, read_tree
 from scripts.bake.leftovers import Leftovers, describe, find_leftovers, remove, servers_of, take_back
 from scripts.bake.packer import PackerEnded
 from scripts.bake.preflight import (
@@ -63,7 +63,7 @@ class Wishes:
     """What ``build`` was told."""
 
     tree: Path
-    model: str = "starter"
+    model: str = STARTER
     model_file: Path | None = None
     version: str = ""
     dirty: bool = False

@@ -28,10 +28,10 @@ class Moved:
     def lines(self) -> list[str]:
         """The difference, and what to type next."""
         if self.before is not None and self.before.id == self.now.id:
-            moved = [f"{self.channel} names image {self.now.id}, {self.now.version}, as before"]
+            moved = [f"{self.channel} names image {_describe(self.now)}, as before"]
         else:
-            old = "nobody" if self.before is None else f"{self.before.id}, {self.before.version}"
-            moved = [f"{self.channel}: {old} → {self.now.id}, {self.now.version}"]
+            old = "nobody" if self.before is None else _describe(self.before)
+            moved = [f"{self.channel}: {old} → {_describe(self.now)}"]
         more = "" if self.channel == DEFAULT_CHANNEL else f" -var-file={self.file.name}"
         return [
             *moved,
@@ -40,6 +40,10 @@ class Moved:
             f"  terraform -chdir=terraform plan{more}",
             f"  terraform -chdir=terraform apply{more}",
         ]
+
+
+def _describe(image: Snapshot) -> str:
+    return f"{image.id}, {image.version}, {image.model}"
 
 
 def tfvars_file(folder: Path, channel: str) -> Path:

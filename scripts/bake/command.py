@@ -17,7 +17,7 @@ from scripts.bake.cloud import Access, Cloud, find_access
 from scripts.bake.console import Console, write_aside
 from scripts.bake.errors import BakeError, ChecksFailed, Exit, Interrupted, Refused
 from scripts.bake.housekeeping import NEWEST_KEPT, cost, plan_pruning, prune
-from scripts.bake.inputs import read_pins, read_tree
+from scripts.bake.inputs import STARTER, read_pins, read_tree
 from scripts.bake.leftovers import describe as describe_left
 from scripts.bake.leftovers import find_leftovers, remove
 from scripts.bake.packer import kill_running
@@ -141,7 +141,10 @@ def _parse(words: list[str]) -> argparse.Namespace:
         "bake the image, prove it by booting it, and label it verified; nothing is baked that is there already",
         "bake.py build --promote --model llama-3-8b-instruct",
     )
-    baking.add_argument("--model", default="starter", help="a name of service/models.json, or starter (default)")
+    baking.add_argument(
+        "--model",
+        help="a name of service/models.json, or starter; without it, with --promote, the model that the channel has",
+    )
     baking.add_argument(
         "--model-file", type=_file, metavar="FILE", help="a GGUF file of your own, under the name --model"
     )
@@ -256,10 +259,16 @@ def _console(access: Access, state: Path, model: str) -> Console:
 _Told = tuple[dict[str, Any], list[str]]
 
 
-def _wishes(options: argparse.Namespace) -> Wishes:
+def _model(options: argparse.Namespace, cloud: Cloud) -> str:
+    """What is named; else what the channel has that gets it, so that an update is none to another model."""
+    holder = next(iter(holders(cloud.snapshots(), options.channel)), None) if options.promote else None
+    return options.model or (holder.model if holder else "") or STARTER
+
+
+def _wishes(options: argparse.Namespace, model: str) -> Wishes:
     return Wishes(
         tree=options.tree,
-        model=options.model,
+        model=model,
         model_file=options.model_file,
         version=options.version or "",
         dirty=options.dirty,
@@ -274,8 +283,9 @@ def _wishes(options: argparse.Namespace) -> Wishes:
 
 def _build(options: argparse.Namespace) -> _Told:
     cloud, state = _open()
-    console = _console(cloud.access, state, options.model)
-    baked = build(_wishes(options), cloud, state, console)
+    model = _model(options, cloud)
+    console = _console(cloud.access, state, model)
+    baked = build(_wishes(options, model), cloud, state, console)
     document = {
         "image": describe(baked.snapshot),
         "reused": baked.reused,

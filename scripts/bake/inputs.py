@@ -19,7 +19,7 @@ from scripts.bake.errors import Refused
 from scripts.bake.runs import read_json, write_json
 from scripts.bake.snapshots import LAYERS, shorten
 
-_STARTER = "starter"
+STARTER = "starter"
 _STARTER_MEMORY_GB = 2
 # Beyond the model's own: Debian, containers, service.
 _SYSTEM_DISK_GB = 8
@@ -57,7 +57,7 @@ class Model:
 
     @property
     def is_starter(self) -> bool:
-        return self.name == _STARTER and self.file is None
+        return self.name == STARTER and self.file is None
 
     @property
     def disk_gb(self) -> int:
@@ -125,7 +125,7 @@ def _find_model(folder: Path, name: str, file: Path | None, state: Path) -> Mode
         except OSError as error:
             raise Refused(f"{file} cannot be read: {error.strerror}") from error
         return Model(name, digest, size, -(-size * 13 // 10**10) + 1, file.resolve())
-    if name == _STARTER:
+    if name == STARTER:
         told = read_json(folder / "service" / "starter" / "starter.json") or {}
         return Model(name, str(told.get("sha256", "")), int(told.get("size_bytes", 0)), _STARTER_MEMORY_GB)
     catalogue = read_json(folder / "service" / "models.json") or []
@@ -134,13 +134,13 @@ def _find_model(folder: Path, name: str, file: Path | None, state: Path) -> Mode
             if reason := entry.get("unloadable"):
                 raise Refused(f"{name} cannot be served: {reason}", "take another one")
             return Model(name, entry.get("sha256") or f"md5-{entry['md5']}", entry["size_bytes"], entry["ram_gb"])
-    known = ", ".join([_STARTER, *(entry["name"] for entry in catalogue if "unloadable" not in entry)])
+    known = ", ".join([STARTER, *(entry["name"] for entry in catalogue if "unloadable" not in entry)])
     raise Refused(f"{name} is no model of the catalogue", f"known are {known}; a file of your own: --model-file PATH")
 
 
 def _check_own_model(name: str, path: Path) -> None:
     """What Packer's template would refuse as well, but only after a key was made. Raises Refused."""
-    if name == _STARTER:
+    if name == STARTER:
         raise Refused(f"{path} is not the starter", "give it a name of its own: --model NAME")
     if not _MODEL_NAME.fullmatch(name):
         raise Refused(

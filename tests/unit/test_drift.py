@@ -78,9 +78,31 @@ def test_a_plan_that_fails_is_no_plan_without_changes(
 ) -> None:
     """It is told with Terraform's own words."""
     done: Any = subprocess.CompletedProcess([], code, out, err)
+    monkeypatch.setenv("HCLOUD_TOKEN", "local")
     monkeypatch.setattr(drift.subprocess, "run", lambda *words, **more: done)
     with pytest.raises(Refused, match=f"terraform plan failed: .*{reason}"):
         run_terraform("terraform", Path("/x"), "plan")
+
+
+def test_terraform_gets_the_token_of_the_context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It knows none of the hcloud command's; and its hint is `init` where that is what is missing."""
+    context = 'active_context = "a"\n[[contexts]]\nname = "a"\ntoken = "kept"\nendpoint = "http://127.0.0.1:1/v1/"\n'
+    (tmp_path / "cli.toml").write_text(context)
+    monkeypatch.delenv("HCLOUD_TOKEN", raising=False)
+    monkeypatch.delenv("HCLOUD_ENDPOINT", raising=False)
+    monkeypatch.setenv("HCLOUD_CONFIG", str(tmp_path / "cli.toml"))
+    told = []
+
+    def run(command: list[str], **more: Any) -> Any:
+        told.append((more["env"]["HCLOUD_TOKEN"], more["env"]["HCLOUD_ENDPOINT"]))
+        return subprocess.CompletedProcess([], 1, "", 'Error: run "terraform init"' if len(told) == 1 else "Error: no")
+
+    monkeypatch.setattr(drift.subprocess, "run", run)
+    for hint in ("terraform -chdir=/x init", "terraform -chdir=/x plan tells all of it"):
+        with pytest.raises(Refused) as refused:
+            run_terraform("terraform", Path("/x"), "plan")
+        assert refused.value.hint == hint
+    assert told == [("kept", "http://127.0.0.1:1/v1")] * 2
 
 
 def test_what_cannot_be_looked_at_has_a_code_of_its_own(

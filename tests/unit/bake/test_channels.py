@@ -27,7 +27,7 @@ def test_promote_and_rollback_walk_one_line(
     for image in images:
         moved = promote(cloud, image, "stable", tmp_path)
     assert held(cloud) == [image.id for image in reversed(images)]
-    assert moved.lines()[0] == f"stable: {images[1].id}, 1 → {images[2].id}, 1"
+    assert moved.lines()[0] == f"stable: {images[1].id}, 1, starter → {images[2].id}, 1, starter"
     for image in (images[1], images[0]):
         rollback(cloud, "stable", tmp_path)
         assert held(cloud)[0] == image.id

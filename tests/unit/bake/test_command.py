@@ -256,3 +256,22 @@ def test_a_hangup_takes_back_what_was_made_unless_it_is_to_be_ignored(
     monkeypatch.setattr(command.signal, "getsignal", lambda number: handled.get(number, before))
     bake("list")
     assert (signal.SIGHUP in handled) is not ignored
+
+
+def test_an_update_is_none_to_another_model(
+    bake: Bake, cloud: Cloud, make_snapshot: Callable[..., Snapshot], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who promotes and names no model gets the one that the channel has; the starter where nobody holds it."""
+    asked: list[str] = []
+
+    def build(wishes: Any, *more: object) -> None:
+        asked.append(wishes.model)
+        raise command.Refused("not in this test")
+
+    monkeypatch.setattr(command, "build", build)
+    bake("build", "--promote")
+    image = make_snapshot(model="llama-3-8b-instruct", **VERIFIED)
+    bake("promote", str(image.id))
+    for words in (["--promote"], [], ["--promote", "--channel", "beta"], ["--promote", "--model", "mine"]):
+        bake("build", *words)
+    assert asked == ["starter", "llama-3-8b-instruct", "starter", "starter", "mine"]
