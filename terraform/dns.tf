@@ -1,4 +1,4 @@
-# The records that lead to the addresses, where the domain is in a zone of the same account; without dns_zone they are made
+# The records that lead to the addresses, where the domain is in a zone of the same project; without dns_zone they are made
 # by hand, wherever it is.
 
 locals {

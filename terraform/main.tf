@@ -77,7 +77,8 @@ resource "terraform_data" "node" {
 resource "hcloud_ssh_key" "operator" {
   for_each = var.ssh_public_keys
 
-  name       = "${var.name}-${each.key}"
+  # Another name for another key: it is made while its predecessor is still there.
+  name       = "${var.name}-${each.key}-${substr(sha256(each.value), 0, 8)}"
   public_key = each.value
   labels     = local.labels
 }
@@ -128,6 +129,10 @@ resource "hcloud_floating_ip" "service" {
   home_location     = var.location
   delete_protection = var.protect_address
   labels            = local.labels
+
+  lifecycle {
+    ignore_changes = [home_location] # a node in another place has the same addresses
+  }
 }
 
 resource "hcloud_server" "node" {

@@ -27,7 +27,7 @@ variable "domain" {
 variable "dns_zone" {
   type        = string
   default     = null
-  description = "Zone of the same account, in primary mode, that the domain is in: its address records are made there. Null where they are made by hand."
+  description = "Zone of the same project, in primary mode, that the domain is in: its address records are made there. Null where they are made by hand."
 
   validation {
     condition     = var.dns_zone == null || try(var.domain == var.dns_zone || endswith(var.domain, ".${var.dns_zone}"), false)
@@ -127,7 +127,7 @@ variable "price_eur_per_hour" {
 variable "ssh_public_keys" {
   type        = map(string)
   default     = {}
-  description = "Who may log in as root, by name. Without any, nobody can, and Hetzner mails a password that does not work."
+  description = "Who may log in as root, by name; no key that the project has already. Without any, nobody can, and Hetzner mails a password that does not work."
 }
 
 variable "ssh_sources" {
@@ -161,7 +161,7 @@ variable "server_type" {
 variable "location" {
   type        = string
   default     = "fsn1"
-  description = "Where the node stands, and where its addresses are at home."
+  description = "Where the node stands, in Europe; its addresses stay at home where they were made first."
 }
 
 variable "network" {

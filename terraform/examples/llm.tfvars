@@ -2,7 +2,7 @@
 domain = "llm.example.org"
 acme   = { email = "operator@example.org" }
 
-# A zone of this account, if it has the domain's: address records are then made too.
+# A zone of this project, if it has the domain's: address records are then made too.
 # dns_zone = "example.org"
 
 # Who may use it: KEY=mllm_$(openssl rand -hex 24); echo "$KEY"; printf %s "$KEY" | sha256sum

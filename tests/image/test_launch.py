@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -123,6 +124,13 @@ def test_from_nothing(launched: Deployment) -> None:
     assert told["image"] == {"id": launched.values["image_id"], "version": "test-1"}
     assert launched.node_names() == [told["node"]["name"]]
     assert launched.changes() == ""
+    # What is printed can be typed; the shell knows the key.
+    code, printed = launched.run("output", "-raw", "try")
+    assert code == 0
+    words = shlex.split(printed)
+    assert words[:4] == ["curl", "-sS", f"https://{DOMAIN}/generate", "-H"]
+    assert "Authorization: Bearer $KEY" in words
+    assert json.loads(words[-1]) == {"prompt": "What is mini-llm?"}
     for secret in (launched.values["certificate"]["key"].splitlines()[1], *KEYS.values()):
         assert secret not in said
 
