@@ -61,6 +61,9 @@ COMMANDS = {
     # Baking
     "export HCLOUD_TOKEN=…": f"{_BAKE}test_from_nothing_to_promoted",
     'make bake BAKE="--model llama-3-8b-instruct"': f"{_BAKE}test_nothing_has_changed",
+    'make bake BAKE="--model llama-3-8b-instruct --again base"': (
+        "tests/bake/test_checks.py::test_a_layer_is_baked_anew"
+    ),
     "make bake": f"{_BAKE}test_from_nothing_to_promoted",
     ".venv/bin/python scripts/bake.py VERB": f"{_BAKE}test_from_nothing_to_promoted",
     "build --promote": f"{_BAKE}test_from_nothing_to_promoted",
@@ -73,6 +76,7 @@ COMMANDS = {
     "bake.py list": f"{_BAKE}test_from_nothing_to_promoted",
     "bake.py show ID": f"{_BAKE}test_its_report",
     "bake.py prune": f"{_BAKE_VERBS}test_nothing_is_deleted_without_a_yes",
+    "bake.py prune --keep 0": f"{_BAKE_VERBS}test_nothing_is_deleted_without_a_yes",
     "bake.py sweep": f"{_BAKE}test_the_cloud_says_no_to_the_probe",
     "bake.py pins": f"{_BAKE_VERBS}test_pins_of_this_tree",
     "bake.py cost": f"{_BAKE_VERBS}test_cost_counts_snapshots_and_the_servers_that_run_them",
@@ -89,6 +93,7 @@ COMMANDS = {
     "terraform -chdir=terraform apply": f"{_LAUNCH}test_from_nothing",
     "terraform -chdir=terraform plan": f"{_LAUNCH}test_other_keys_are_another_node",
     "terraform output": f"{_LAUNCH}test_from_nothing",
+    "terraform -chdir=terraform output -raw try": f"{_LAUNCH}test_from_nothing",
     "terraform -chdir=terraform apply -replace=terraform_data.node": f"{_LAUNCH}test_a_node_is_replaced_by_name",
     "terraform -chdir=terraform destroy": f"{_LAUNCH}test_destroy_leaves_the_protected_addresses_alone",
     "apply -var protect_address=false -target=hcloud_floating_ip.service": (

@@ -51,6 +51,18 @@ def test_an_image_is_verified_again(bench: Bench) -> None:
     assert bench.left() == []
 
 
+def test_a_layer_is_baked_anew(bench: Bench) -> None:
+    """For an update of Debian's: nothing has changed, and all but the model is made again."""
+    before = {one.id for one in bench.snapshots()}
+    done = bench.run("build", "--again", "base")
+    assert done.code == 0, done
+    made = [one for one in bench.snapshots() if one.id not in before]
+    assert sorted(given(one.labels)["layer"] for one in made) == ["service", "stack"]
+    for one in made:  # the tests below begin with what was there before
+        one.delete()
+    assert bench.left() == []
+
+
 @pytest.mark.parametrize("ways", TOGETHER, ids=["all-at-once", "never-ready"])
 def test_it_is_not_verified(bench: Bench, ways: tuple[str, ...]) -> None:
     """The bake fails, names each check that tells of it and no other, and leaves no other verified image."""

@@ -27,6 +27,8 @@ MADE = {
     "terraform/handover.auto.tfvars.json",
     "terraform/image.auto.tfvars.json",  # scripts/bake/channels.py
     "terraform/prices.auto.tfvars.json",  # scripts/cost.py
+    "terraform/terraform.tfstate",  # Terraform
+    "terraform/terraform.tfvars",  # whoever launches
     "venv/bin/python",  # on a node, image/provision/stack.sh
 }
 

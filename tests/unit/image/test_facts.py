@@ -79,9 +79,9 @@ def test_the_example_becomes_keys_and_settings(tmp_path: Path) -> None:
     assert number == 6
     code, out = check(tmp_path, content.replace("$apr1$…", "$apr1$f8Vn0cXw$ydb6HbE6kHTv.sEmvvcK/1"))
     assert code == 0
-    first, monitor, scraper = read_keys(out / "keys.json")
+    first, guest, scraper = read_keys(out / "keys.json")
     assert (first.name, first.scopes, first.limits.tokens_per_day) == ("first", frozenset({"generate"}), 200_000)
-    assert (monitor.scopes, monitor.expires) == (frozenset({"metrics"}), datetime(2027, 12, 31, tzinfo=UTC))
+    assert (guest.scopes, guest.expires) == (frozenset({"generate"}), datetime(2027, 12, 31, tzinfo=UTC))
     assert (scraper.name, scraper.scopes) == ("prometheus", frozenset({"metrics"}))
     scraping = out.with_name("mini-llm-prometheus") / "service.key"
     assert scraping.stat().st_mode & 0o777 == 0o640
