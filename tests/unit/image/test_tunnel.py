@@ -1,5 +1,6 @@
 """The tunnel of a rollout: what leads through it, and that it leaves nothing behind."""
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -119,3 +120,23 @@ def test_the_nodes_own_table_lets_a_rollout_through_and_nothing_else() -> None:
     assert accepted == [f'{side}ifname "{tunnel.INTERFACE}" accept' for side in ("i", "o")]
     listening = (ROOTFS / "etc/systemd/system/mini-llm-handover.socket").read_text()
     assert f"ListenStream=0.0.0.0:{handover.PORT}\n" in listening
+
+
+def test_the_lease_ends_by_a_clock_that_does_not_jump(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes on as long as it is touched, whatever time of day that gives it."""
+    (tmp_path / "addresses").write_text("203.0.113.5\n")
+    lease, now_s, slept = tmp_path / "lease", [0.0], [0]
+    lease.touch()
+
+    def sleep(seconds: float) -> None:
+        now_s[0] += seconds
+        slept[0] += 1
+        if slept[0] <= 30:  # three leases long, each time at another time of day, the first of them long ago
+            os.utime(lease, (slept[0], slept[0]))
+
+    monkeypatch.setattr(tunnel, "open_old", lambda *words: None)
+    monkeypatch.setattr(tunnel, "tell_ready", lambda: None)
+    monkeypatch.setattr(tunnel.time, "sleep", sleep)
+    monkeypatch.setattr(tunnel.time, "monotonic", lambda: now_s[0])
+    tunnel.keep_open(tunnel.Ends("10.0.0.2", "10.0.0.3"), lease, tmp_path / "addresses", tmp_path)
+    assert now_s[0] == pytest.approx(4 * tunnel._LEASE_S, rel=0.05)
