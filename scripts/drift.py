@@ -7,6 +7,7 @@ Exit code 0 if nothing differs, 1 with a line for each thing that does, 2 for wr
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -142,7 +143,7 @@ def run_terraform(program: str, folder: Path, *words: str) -> list[str]:
     if done.returncode not in (0, 2):
         said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
         errors = [json.loads(line)["@message"] for line in said if line.startswith("{") and '"error"' in line]
-        missing = any("init" in line for line in said)
+        missing = any(re.search(r"\b(terraform|tofu) init\b", line) for line in said)
         raise Refused(
             f"terraform {words[0]} failed: {(errors or said or ['it does not say why'])[0]}",
             f"terraform -chdir={folder} init" if missing else f"terraform -chdir={folder} {words[0]} tells all of it",
@@ -172,8 +173,8 @@ def _parse(words: list[str]) -> argparse.Namespace:
         prog="drift.py",
         description=__doc__,
         epilog="example for cron, which has no HCLOUD_TOKEN but the context of the hcloud command:\n"
-        "  17 * * * * cd mini-llm && .venv/bin/python scripts/drift.py >.cache/drift 2>&1"
-        " || mail -s drift me@example.org <.cache/drift",
+        "  17 * * * * cd mini-llm && told=$(.venv/bin/python scripts/drift.py 2>&1)"
+        ' || echo "$told" | mail -s drift me@example.org',
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_place(parser)

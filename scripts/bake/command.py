@@ -261,8 +261,10 @@ _Told = tuple[dict[str, Any], list[str]]
 
 def _model(options: argparse.Namespace, cloud: Cloud) -> str:
     """What is named; else what the channel has that gets it, so that an update is none to another model."""
-    holder = next(iter(holders(cloud.snapshots(), options.channel)), None) if options.promote else None
-    return options.model or (holder.model if holder else "") or STARTER
+    if options.model or not options.promote or options.model_file:  # a file of one's own has a name of its own
+        return options.model or STARTER
+    holder = next(iter(holders(cloud.snapshots(), options.channel)), None)
+    return (holder.model if holder else "") or STARTER
 
 
 def _wishes(options: argparse.Namespace, model: str) -> Wishes:

@@ -95,7 +95,9 @@ def test_terraform_gets_the_token_of_the_context(tmp_path: Path, monkeypatch: py
 
     def run(command: list[str], **more: Any) -> Any:
         told.append((more["env"]["HCLOUD_TOKEN"], more["env"]["HCLOUD_ENDPOINT"]))
-        return subprocess.CompletedProcess([], 1, "", 'Error: run "terraform init"' if len(told) == 1 else "Error: no")
+        return subprocess.CompletedProcess(
+            [], 1, "", 'Error: run "terraform init"' if len(told) == 1 else "Error: no definition"
+        )
 
     monkeypatch.setattr(drift.subprocess, "run", run)
     for hint in ("terraform -chdir=/x init", "terraform -chdir=/x plan tells all of it"):

@@ -259,7 +259,7 @@ def test_a_hangup_takes_back_what_was_made_unless_it_is_to_be_ignored(
 
 
 def test_an_update_is_none_to_another_model(
-    bake: Bake, cloud: Cloud, make_snapshot: Callable[..., Snapshot], monkeypatch: pytest.MonkeyPatch
+    bake: Bake, cloud: Cloud, make_snapshot: Callable[..., Snapshot], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who promotes and names no model gets the one that the channel has; the starter where nobody holds it."""
     asked: list[str] = []
@@ -272,6 +272,13 @@ def test_an_update_is_none_to_another_model(
     bake("build", "--promote")
     image = make_snapshot(model="llama-3-8b-instruct", **VERIFIED)
     bake("promote", str(image.id))
-    for words in (["--promote"], [], ["--promote", "--channel", "beta"], ["--promote", "--model", "mine"]):
+    (tmp_path / "own.gguf").touch()
+    for words in (["--promote"], [], ["--promote", "--channel", "beta"]):
         bake("build", *words)
-    assert asked == ["starter", "llama-3-8b-instruct", "starter", "starter", "mine"]
+    assert asked == ["starter", "llama-3-8b-instruct", "starter", "starter"]
+    asked.clear()
+    # What is named is not asked for; and a file gets no other model's name.
+    monkeypatch.setattr(cloud, "snapshots", lambda: pytest.fail("the cloud was asked"))
+    for words in (["--model", "mine"], ["--model-file", str(tmp_path / "own.gguf")]):
+        bake("build", "--promote", *words)
+    assert asked == ["mine", "starter"]
