@@ -119,7 +119,7 @@ def find_left(resources: Iterable[Resource], known: set[tuple[str, int | str]]) 
                 f"{each.name} stands not in this state, but {', '.join(each.holds)} leads to it",
                 "it serves: is this the right folder, and the right --deployment?",
             )
-    return [each for each in resources if (each.type, each.id) not in known and not each.protected]
+    return [each for each in resources if (each.type, each.id) not in known]
 
 
 def remove(cloud: Cloud, left: Iterable[Resource]) -> Iterator[Resource]:
@@ -154,6 +154,12 @@ def main(words: list[str]) -> int:
         resources = list_resources(cloud, options.deployment)
         known = read_state("\n".join(run_terraform(options.program, options.folder, "state", "pull")))
         left = find_left(resources, known)
+        kept = [each for each in left if each.protected]
+        left = [each for each in left if not each.protected]
+        for each in kept:
+            print(
+                f"stays, for it is protected: {_describe(each)}; OPERATING.md tells how to take it into the state again"
+            )
         for each in left if not options.yes else ():
             print(f"left: {_describe(each)}")
         for each in remove(cloud, left) if options.yes else ():
@@ -163,9 +169,9 @@ def main(words: list[str]) -> int:
         return _BLIND
     except KeyboardInterrupt:
         return 130  # as a shell tells it
-    if not left:
+    if not left and not kept:
         print("nothing is left that stands in no state")
-    return _LEFT if left and not options.yes else 0
+    return _LEFT if kept or (left and not options.yes) else 0
 
 
 def _describe(each: Resource) -> str:

@@ -33,6 +33,12 @@ locals {
     } : name => value if value != null
   }
 
+  # By what makes a key that key: its name and its comment may change, and Hetzner knows no two of the same.
+  ssh_keys = {
+    for name, key in var.ssh_public_keys : substr(sha256(local.ssh_key_texts[name]), 0, 8) => { name = name, text = local.ssh_key_texts[name] }
+  }
+  ssh_key_texts = { for name, key in var.ssh_public_keys : name => join(" ", slice(split(" ", trimspace(key)), 0, 2)) }
+
   proof_key = "mllm_${sha256(terraform_data.node.output.secret)}"
   proof = {
     sha256  = sha256(local.proof_key)
@@ -59,7 +65,7 @@ resource "terraform_data" "node" {
     type   = var.server_type
     place  = var.location
     facts  = nonsensitive(sha256(jsonencode([local.facts, local.api_keys])))
-    access = sha256(jsonencode(var.ssh_public_keys))
+    access = sha256(jsonencode([keys(local.ssh_keys), [for key in data.hcloud_ssh_key.existing : key.fingerprint]]))
     how    = filesha256("${path.module}/../cloud-init/launch.yaml.tftpl")
   }
 
@@ -75,12 +81,19 @@ resource "terraform_data" "node" {
 }
 
 resource "hcloud_ssh_key" "operator" {
-  for_each = var.ssh_public_keys
+  for_each = local.ssh_keys
 
   # Another name for another key: it is made while its predecessor is still there.
-  name       = "${var.name}-${each.key}-${substr(sha256(each.value), 0, 8)}"
-  public_key = each.value
+  name       = "${var.name}-${each.value.name}-${each.key}"
+  public_key = each.value.text
   labels     = local.labels
+}
+
+# A project takes a key once, so one that is there for other servers cannot be made again.
+data "hcloud_ssh_key" "existing" {
+  for_each = var.existing_ssh_keys
+
+  name = each.value
 }
 
 resource "hcloud_firewall" "node" {
@@ -141,7 +154,7 @@ resource "hcloud_server" "node" {
   image        = var.image_id
   server_type  = var.server_type
   location     = var.location
-  ssh_keys     = [for key in hcloud_ssh_key.operator : key.id]
+  ssh_keys     = concat([for key in hcloud_ssh_key.operator : key.id], [for key in data.hcloud_ssh_key.existing : key.id])
   firewall_ids = [hcloud_firewall.node.id]
   labels       = merge(local.labels, { image = tostring(var.image_id) })
   user_data = templatefile("${path.module}/../cloud-init/launch.yaml.tftpl", {

@@ -127,7 +127,23 @@ variable "price_eur_per_hour" {
 variable "ssh_public_keys" {
   type        = map(string)
   default     = {}
-  description = "Who may log in as root, by name; no key that the project has already. Without any, nobody can, and Hetzner mails a password that does not work."
+  description = "Who may log in as root, by name; a key that the project has already goes into existing_ssh_keys. Without any of both, nobody can, and Hetzner mails a password that does not work."
+
+  validation {
+    condition     = alltrue([for key in values(var.ssh_public_keys) : can(regex("^[a-z0-9@.-]+ [A-Za-z0-9+/]+={0,2}( .*)?$", trimspace(key)))])
+    error_message = "The ssh_public_keys must each be one line as in ~/.ssh/id_ed25519.pub: ssh-ed25519 AAAA… and perhaps a comment."
+  }
+
+  validation {
+    condition     = length(distinct([for key in values(var.ssh_public_keys) : join(" ", slice(concat(split(" ", trimspace(key)), [""]), 0, 2))])) == length(var.ssh_public_keys)
+    error_message = "Two of the ssh_public_keys are the same key."
+  }
+}
+
+variable "existing_ssh_keys" {
+  type        = set(string)
+  default     = []
+  description = "Names of keys that the project has already, who may log in as root as well; they stay when the deployment goes."
 }
 
 variable "ssh_sources" {
@@ -167,7 +183,7 @@ variable "location" {
 variable "network" {
   type        = string
   default     = "10.77.0.0/24"
-  description = "The private network of the deployment's nodes."
+  description = "The private network of the deployment's nodes. It cannot be changed once it is there: for another one, destroy and apply."
 
   validation {
     condition     = can(cidrhost(var.network, 1000)) == false && can(cidrhost(var.network, 2))

@@ -20,8 +20,9 @@ api_keys = [
 # Who hears of alerts.
 # alerts = { webhook = "https://hooks.example.org/mini-llm" }
 
-# Who may log in; without it nobody can.
-# ssh_public_keys = { operator = "ssh-ed25519 …" }
+# Who may log in; without any nobody can. A key that the project has already is named as it is there.
+# ssh_public_keys   = { operator = "ssh-ed25519 …" }
+# existing_ssh_keys = ["laptop"]
 
 # cx33 holds a model of 8B; it costs 8.49 euros a month.
 server_type        = "cx33"

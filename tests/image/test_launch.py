@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from tests.image.harness import DOMAIN, ROOT
 from tests.image.launch import APPLY_TIMEOUT_S, KEYS, MONITORING_HASH, Deployment, api_key, apply_with_names, deployment
 from tests.image.registry import make_certificate
 from tests.image.test_image import reachable_acme_server
-from tests.local_cloud.harness import LocalCloud
+from tests.local_cloud.harness import LocalCloud, make_key, ssh
 
 _EXAMPLE = ROOT / "terraform" / "examples" / "llm.tfvars"
 _OF_THE_EXAMPLE = ("name", "domain", "api_keys")
@@ -100,11 +100,14 @@ def test_the_files_are_formatted_and_valid(program: str, tmp_path: Path, cloud: 
             ({"api_keys": []}, "There must be at least one of the api_keys"),
             ({"api_keys": [api_key("alice"), api_key("alice")]}, "have the same name"),
             ({"ssh_sources": ["home"]}, "must be networks"),
+            ({"ssh_public_keys": {"me": "~/.ssh/id_ed25519.pub"}}, "must each be one line"),
+            ({"ssh_public_keys": {"me": "ssh-ed25519 AAAA me", "alice": "ssh-ed25519 AAAA"}}, "are the same key"),
             ({"image_id": 0}, "bake.py promote ID, writes it"),
             ({"acme": None}, "One of acme"),
             ({"dns_zone": "other.test"}, "The domain must be the dns_zone or a name in it"),
             ({"dns_zone": "m.test"}, "The domain must be the dns_zone or a name in it"),
             ({"dns_zone": "llm.test"}, "was not found"),
+            ({"existing_ssh_keys": ["laptop"]}, "no sshkey found with name 'laptop'"),
         ):
             wrong = Deployment(made.folder, cloud, program, {**made.values, **values}, made.authority)
             code, said = wrong.run("plan", "-input=false")
@@ -279,14 +282,22 @@ def test_destroy_leaves_the_protected_addresses_alone(launched: Deployment) -> N
 
 
 def test_with_an_ordered_certificate(cloud: LocalCloud, image: BoundImage, program: str, tmp_path: Path) -> None:
-    """The node proves itself at its own address, gets the addresses, and then has its certificate ordered."""
-    with reachable_acme_server(cloud, tmp_path) as (server, acme):
+    """The node proves itself at its own address, gets the addresses, and then has its certificate ordered.
+
+    Who may log in has a key at the project already, which is left there.
+    """
+    key = make_key(tmp_path)
+    laptop = cloud.client().ssh_keys.create("laptop", key.with_suffix(".pub").read_text())
+    with ExitStack() as after, reachable_acme_server(cloud, tmp_path) as (server, acme):
+        after.callback(laptop.delete)  # fails where the deployment took it along
         root = tmp_path / "root.pem"
         server.write_root(root)
-        with deployment(tmp_path, cloud, program, root, image_id=image.id, acme=acme) as made:
+        values = {"image_id": image.id, "acme": acme, "existing_ssh_keys": ["laptop"]}
+        with deployment(tmp_path, cloud, program, root, **values) as made:
             address = apply_with_names(made, server)
             assert made.generate(address, KEYS["alice"]) == 200
             assert made.changes() == ""
+            assert ssh(key, made.outputs()["node"]["ipv4"], "id -un").strip() == "root"
 
 
 def test_the_example_as_it_is(cloud: LocalCloud, image: BoundImage, program: str, tmp_path: Path) -> None:

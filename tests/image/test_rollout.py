@@ -141,7 +141,7 @@ def verify_audit(made: Deployment | ApiDeployment) -> str:
 
 
 def test_rollouts_under_load(cloud: LocalCloud, talkative_image: BoundImage, program: str, tmp_path: Path) -> None:
-    """Three in a row, the second to another place with another key for SSH, the last one back to the first API keys.
+    """Three in a row: to other keys; to another place with another key for SSH; with that renamed, back to the first.
 
     0 failed, 0 cut, no certificate ordered, all counted.
     """
@@ -159,6 +159,9 @@ def test_rollouts_under_load(cloud: LocalCloud, talkative_image: BoundImage, pro
                     (tmp_path / "id_ed25519").unlink()
                     new = make_key(tmp_path).with_suffix(".pub").read_text()
                     more = {"location": "nbg1", "ssh_public_keys": {"test": new}}
+                if len(names) == 3:  # the same key under another name, with another comment
+                    kind, text, _ = new.split()
+                    more = {"ssh_public_keys": {"renamed": f"{kind} {text} me@elsewhere"}}
                 begin_s = time.monotonic()
                 said = made.apply(api_keys=keys, **more)
                 print("\n".join(line for line in said.splitlines() if "serves after" in line or "note:" in line))
