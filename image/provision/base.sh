@@ -2,14 +2,29 @@
 # Layer base: Debian's packages, all of the newest, and nothing that upgrades them later: a new image is the update.
 set -eu
 
+# A fresh server of Hetzner's may be at an upgrade of its own, which holds the lock.
+wait_for_nobody() {
+    systemctl stop apt-daily.timer apt-daily-upgrade.timer apt-daily.service apt-daily-upgrade.service
+}
+
+# What an earlier bake has configured stays, where Debian has another default now.
+apt_get() {
+    apt-get -qq -y -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0 -o Dpkg::Options::=--force-confold "$@" >/dev/null
+}
+
+# Fetched first: where only that fails, it was the mirror, and 75 says to try again later.
+fetch_and() {
+    apt_get --download-only "$@" || exit 75
+    apt_get "$@"
+}
+
 upgrade() {
-    apt-get -qq -o APT::Update::Error-Mode=any update || exit 75 # try again later: the mirror did not answer
-    # What an earlier bake has configured stays, where Debian has another default now.
-    apt-get -qq -y -o Dpkg::Use-Pty=0 -o Dpkg::Options::=--force-confold dist-upgrade >/dev/null
+    apt_get -o APT::Update::Error-Mode=any update || exit 75
+    fetch_and dist-upgrade
 }
 
 install_packages() {
-    apt-get -qq -y -o Dpkg::Use-Pty=0 install --no-install-recommends \
+    fetch_and install --no-install-recommends \
         ca-certificates \
         curl \
         docker-cli \
@@ -21,7 +36,7 @@ install_packages() {
         python3-jsonschema \
         python3-venv \
         python3-yaml \
-        systemd-timesyncd >/dev/null
+        systemd-timesyncd
 }
 
 remove_what_changes_a_node() {
@@ -39,6 +54,7 @@ lock_passwords() {
     usermod --password '!*' root # not only locked: an old password's hash would stay behind the lock
 }
 
+wait_for_nobody
 upgrade
 install_packages
 remove_what_changes_a_node

@@ -72,6 +72,13 @@ def test_the_snapshot_holds_nothing_of_who_baked(cloud: LocalCloud, image: Bound
     assert list(disk.glob("opt/mini-llm/venv/**/*cuda*")) == []
 
 
+def test_a_first_boot_enables_nothing(cloud: LocalCloud, image: BoundImage, served: Node) -> None:
+    """What starts on a node was chosen in the bake; systemd would enable what the bake left out."""
+    disk = disk_of(cloud, image)
+    baked = {str(path.relative_to(disk)) for path in disk.glob("etc/systemd/system/*.wants/*")}
+    assert set(served.run("cd / && ls -1 etc/systemd/system/*.wants/*").split()) == baked
+
+
 def test_it_serves_without_the_outside(cloud: LocalCloud, served: Node) -> None:
     """Cut off from its first moment: ready, a generation by its key, streamed too; a wrong key is refused."""
     status, answer = served.ask("/generate", {"prompt": "How do I run the tests?", "temperature": 0})

@@ -20,7 +20,10 @@ _ROOTFS = ROOT / "image" / "rootfs"
 _RANGE, _FLOATING = "198.51.100.0/24", ("198.51.100.200", "fd4d:4c4c:4d:ff::1")
 _OLD, _NEW = 1, 2
 _PORT = 443
-_SETTINGS = "cd /proc/sys/net; grep -s . ipv4/ip_forward ipv[46]/conf/all/forwarding netfilter/nf_conntrack_tcp_loose"
+_SETTINGS = (
+    "cd /proc/sys/net; grep -s . ipv4/ip_forward ipv[46]/conf/all/forwarding ipv[46]/conf/all/accept_redirects"
+    " netfilter/nf_conntrack_tcp_loose"
+)
 # Repeats what it is sent, and says who it is; a number gets as many bytes, and "later" its answer after a second.
 _SERVER = f"""
 import asyncio, sys

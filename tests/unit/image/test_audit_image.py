@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.image.scripts import load_script
+from tests.image.scripts import ROOT, load_script
 
 audit_image = load_script("rootfs/usr/lib/mini-llm/audit_image.py")
 PRIVATE_KEY = "-----BEGIN OPENSSH PRIVATE KEY-----\n" + "A" * 64 + "\n"  # of the shape alone
@@ -72,3 +72,10 @@ def test_what_belongs_to_one_server_is_found(tree: Path, path: str, content: str
     [found] = audit_image.audit(tree)
     assert found.endswith(f": {finding}")
     assert audit_image.main([str(tree)]) == 1
+
+
+def test_on_a_real_server_it_looks_before_randomness_is_kept() -> None:
+    """No container has that unit, so no test here would meet the file that it makes."""
+    lines = (ROOT / "image/rootfs/etc/systemd/system/mini-llm-audit.service").read_text().splitlines()
+    after = {word for line in lines if line.startswith("Before=") for word in line.removeprefix("Before=").split()}
+    assert "systemd-random-seed.service" in after

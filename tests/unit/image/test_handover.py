@@ -190,19 +190,25 @@ class Old:
 def test_what_has_moved_is_answered_through_the_tunnel(
     keys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each address as it moves, once; from then on the node has a successor and orders no certificate."""
+    """Each address as it moves, once; with the last the node has a successor and orders no certificate any more.
+
+    Before that it is still the one that serves: the next rollout, should this one end here, takes over from it.
+    """
     old = Old(tmp_path / "old", monkeypatch)
     old.rules = marked = "19999:\tfrom 2001:db8::1 fwmark 0x4d4c lookup 107\n"  # of the tunnel itself
     assert old.post(keys, "/moved", {"node": "next", "addresses": ["2001:db8::1"]}) == 200
     assert "ip -6 rule add from 2001:db8::1 lookup 107 priority 20000" in old.did
     assert not any("rule add from 203.0.113.5" in each for each in old.did)
-    assert "stop --no-block mini-llm-certificate.service" in old.did
-    assert (old.places.node / "successor").read_text() == "next\n"
+    assert "stop --no-block mini-llm-certificate.service" not in old.did
+    assert not (old.places.node / "successor").exists()
     assert old.ends_connections()
     old.did.clear()
     old.rules = f"{marked}20000:\tfrom 2001:db8::1 lookup 107\n"
     assert old.post(keys, "/moved", {"node": "next", "addresses": ["2001:db8::1"]}) == 200
     assert not any("rule add" in each for each in old.did)
+    assert old.post(keys, "/moved", {"node": "next", "addresses": ["2001:db8::1", "203.0.113.5"]}) == 200
+    assert (old.places.node / "successor").read_text() == "next\n"
+    assert "stop --no-block mini-llm-certificate.service" in old.did
 
 
 def test_new_connections_are_kept_waiting_only_when_it_is_asked_for(
@@ -260,7 +266,8 @@ def test_a_command_that_fails_is_told_as_trouble(keys: Path, tmp_path: Path, mon
     """Not as if nothing were there."""
     old = Old(tmp_path / "old", monkeypatch)
     monkeypatch.setattr(handover, "systemctl", lambda *words: (_ for _ in ()).throw(OSError("no")))
-    assert old.post(keys, "/moved", {"node": "next", "addresses": []}) == 500
+    both = old.places.addresses.read_text().split()
+    assert old.post(keys, "/moved", {"node": "next", "addresses": both}) == 500
 
 
 def test_a_knock_is_an_acknowledgement_of_nothing() -> None:

@@ -50,10 +50,33 @@ def test_an_order_that_failed_is_made_again_with_pauses(traefik: Path) -> None:
         seen.add(again.read_text() if again.exists() else "")
         acme.write_text(served("llm.example.org" if sum(waited) == 3000 else "other.example.org"))
 
-    assert order_certificate.main(traefik, acme, traefik / "note", traefik / "certificate.prom", wait) == 0
+    assert (
+        order_certificate.main(traefik, acme, traefik / "arrived", traefik / "note", traefik / "certificate.prom", wait)
+        == 0
+    )
     assert set(waited) == {1}  # it looks each second
     assert len(seen) == 6  # at the begin, and orders after 30, 90, 390, 1290 and 2190 seconds
     assert float((traefik / "note").read_text()) > 0
+
+
+def test_it_is_ordered_as_the_addresses_arrive(traefik: Path) -> None:
+    """Not a pause later; then with pauses as ever, for what was ordered before could not succeed."""
+    acme, arrived, waited, seen = traefik / "acme.json", traefik / "arrived", [], []
+
+    def wait(pause_s: float) -> None:
+        waited.append(pause_s)
+        again = traefik / "dynamic" / "again.yaml"
+        seen.append(again.read_text() if again.exists() else "")
+        if sum(waited) == 12:
+            arrived.touch()
+        if sum(waited) == 60:
+            acme.write_text(served("llm.example.org"))
+
+    paths = (traefik, acme, arrived, traefik / "note", traefik / "certificate.prom")
+    assert order_certificate.main(*paths, wait) == 0
+    assert seen[11] == ""
+    assert len({*seen[12:42], ""}) == 2
+    assert len({*seen[12:], ""}) == 3
 
 
 @pytest.mark.parametrize(
@@ -72,7 +95,7 @@ def test_a_store_without_the_certificate_is_none(tmp_path: Path, content: str | 
 
 def test_a_certificate_at_hand_is_not_ordered(tmp_path: Path) -> None:
     """There is nothing to wait for."""
-    paths = (tmp_path, tmp_path / "acme.json", tmp_path / "note", tmp_path / "certificate.prom")
+    paths = (tmp_path, tmp_path / "acme.json", tmp_path / "arrived", tmp_path / "note", tmp_path / "certificate.prom")
     assert order_certificate.main(*paths, lambda pause_s: pytest.fail("it waited")) == 0
     assert (tmp_path / "note").exists()
     assert " 0\n" not in (tmp_path / "certificate.prom").read_text()  # nor is anything missed
@@ -90,7 +113,10 @@ def test_the_domain_does_not_wait_for_the_name_of_the_monitoring(traefik: Path) 
         if len(looks) == 40:
             acme.write_text(served("monitoring.llm.example.org"))
 
-    assert order_certificate.main(traefik, acme, traefik / "note", traefik / "certificate.prom", wait) == 0
+    assert (
+        order_certificate.main(traefik, acme, traefik / "arrived", traefik / "note", traefik / "certificate.prom", wait)
+        == 0
+    )
     assert looks == 40 * [True]
     assert seen == 40 * [["1", "0"]]
     assert delivered((traefik / "certificate.prom").read_text()) == ["1", "1"]
@@ -100,7 +126,13 @@ def test_the_domain_does_not_wait_for_the_name_of_the_monitoring(traefik: Path) 
 def test_metrics_that_cannot_be_written_cost_no_order(traefik: Path) -> None:
     """A full disk is a reason to be told of, not to be without a certificate."""
     (traefik / "acme.json").write_text(served("llm.example.org"))
-    paths = (traefik, traefik / "acme.json", traefik / "note", traefik / "nowhere" / "certificate.prom")
+    paths = (
+        traefik,
+        traefik / "acme.json",
+        traefik / "arrived",
+        traefik / "note",
+        traefik / "nowhere" / "certificate.prom",
+    )
     assert order_certificate.main(*paths, lambda pause_s: None) == 0
     assert (traefik / "note").exists()
 

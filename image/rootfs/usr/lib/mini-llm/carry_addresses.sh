@@ -15,11 +15,12 @@ find_link() {
 }
 
 # IPv4 is led here by the cloud's route alone. For IPv6 its router asks the link who has an address, and only what
-# stands on the link itself answers; that another node may have it as well is known.
+# stands on the link itself answers; that another node may have it as well is known. What this node asks of others goes
+# out under its own address all the same (a newer one would be preferred), for answers may still be led elsewhere.
 carry() {
     while read -r address; do
         case $address in
-            *:*) ip address replace "$address/64" dev "$link" nodad ;;
+            *:*) ip address replace "$address/64" dev "$link" nodad preferred_lft 0 ;;
             *) ip address replace "$address/32" dev lo ;;
         esac
     done < "$1"

@@ -1,10 +1,11 @@
 """Owns the first order of this node's certificate, which is made while Docker still starts.
 
-``python3 first_certificate.py TRAEFIK STORE`` orders one for the first name in ``TRAEFIK/ordered``, by HTTP-01
-(RFC 8555), and writes Traefik's store, so that Traefik finds account and certificate at its start and looks after them
-from then on. Its own client would come later, spend seconds of a processor on the account's key, and look for the
-authority's answer every five seconds only. Without a certificate the store has the account alone: then Traefik orders,
-as it does for all further names, for TLS-ALPN-01, and for each renewal.
+``python3 first_certificate.py TRAEFIK STORE ADDRESSES`` orders one for the first name in ``TRAEFIK/ordered``, by
+HTTP-01 (RFC 8555), and writes Traefik's store, so that Traefik finds account and certificate at its start and looks
+after them from then on. Its own client would come later, spend seconds of a processor on the account's key, and look
+for the authority's answer every five seconds only. Without a certificate the store has the account alone: then Traefik
+orders, as it does for all further names, for TLS-ALPN-01, and for each renewal. So it is on a node with a file
+ADDRESSES: those lead here only once it serves; an order before that takes all its time, and fails.
 """
 
 import base64
@@ -264,7 +265,7 @@ def write_store(store: Path, resolver: str, account: dict[str, Any], certificate
     unfinished.replace(store)
 
 
-def fill_store(settings: Settings, store: Path, folder: Path) -> None:
+def fill_store(settings: Settings, store: Path, folder: Path, led_here: bool = True) -> None:
     """With the account at once, with a certificate if it can be had now. Raises OSError, SubprocessError."""
     account = Account(folder)
     body = "".join(line for line in account.path.read_text().splitlines() if not line.startswith("-----"))
@@ -280,7 +281,7 @@ def fill_store(settings: Settings, store: Path, folder: Path) -> None:
         authority = Authority(settings.server, settings.authority, account)
         try:
             kept["Registration"] = authority.register(settings.email)
-            if settings.by_http:
+            if settings.by_http and led_here:
                 certificates.append(order(authority, account, settings.domain, folder))
                 print(f"the certificate of {settings.domain} is there")
         finally:
@@ -290,10 +291,10 @@ def fill_store(settings: Settings, store: Path, folder: Path) -> None:
     write_store(store, settings.resolver, kept, certificates)
 
 
-def main(traefik: Path, store: Path) -> None:
+def main(traefik: Path, store: Path, addresses: Path) -> None:
     """Leaves a store with an account, and with a certificate if there is one."""
     with tempfile.TemporaryDirectory() as folder:
-        fill_store(read_settings(traefik), store, Path(folder))
+        fill_store(read_settings(traefik), store, Path(folder), led_here=not addresses.exists())
 
 
 if __name__ == "__main__":

@@ -339,14 +339,17 @@ class Handler(BaseHTTPRequestHandler):
 
     def _moved(self) -> None:
         ready = f"{tunnel.MOVED_PRIORITY}:"
-        for address in self.places.addresses.read_text().split():
+        addresses = self.places.addresses.read_text().split()
+        for address in addresses:
             told = address in self._body["addresses"]
             known = tunnel.run(["ip", tunnel.family_of(address), "rule", "show", "from", address])
             if told and ready not in known:
                 tunnel.run(["ip", *tunnel.moved_command(address).split()])
-        self.places.node.joinpath("successor").write_text(f"{self._body['node']}\n")
         end_connections(self.places.traefik)
-        systemctl("stop", "--no-block", "mini-llm-certificate.service")
+        if set(addresses) <= set(self._body["addresses"]):
+            # Until then this node is still the one that the next takes over from, should this rollout end here.
+            self.places.node.joinpath("successor").write_text(f"{self._body['node']}\n")
+            systemctl("stop", "--no-block", "mini-llm-certificate.service")
         print(f"{', '.join(self._body['addresses'])} moved to {self._body['node']}", file=sys.stderr)
         self._tell({})
 

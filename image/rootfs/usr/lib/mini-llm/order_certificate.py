@@ -1,9 +1,9 @@
 """Owns the patience with the certificate's order: Traefik orders once, when its configuration changes, and never again.
 
-``python3 order_certificate.py TRAEFIK ACME_JSON NOTE METRICS`` looks whether the certificates of the names in
-``TRAEFIK/ordered`` are there, changes something in Traefik's configuration if one is not, ever more rarely, and ends
-with 0 once all are. Into the file NOTE goes when the first of them, the domain's own, was there; into METRICS, for
-Prometheus, which are there.
+``python3 order_certificate.py TRAEFIK ACME_JSON ARRIVED NOTE METRICS`` looks whether the certificates of the names in
+``TRAEFIK/ordered`` are there, changes something in Traefik's configuration if one is not, ever more rarely and once as
+the file ARRIVED says that the addresses lead here now, and ends with 0 once all are. Into the file NOTE goes when the
+first of them, the domain's own, was there; into METRICS, for Prometheus, which are there.
 """
 
 import json
@@ -83,7 +83,14 @@ def _write_whole(path: Path, text: str) -> None:
         print(f"{path} cannot be written: {error.strerror}")
 
 
-def main(traefik: Path, acme: Path, note: Path, metrics: Path, wait: Callable[[float], None] = time.sleep) -> int:
+def main(
+    traefik: Path,
+    acme: Path,
+    arrived: Path,
+    note: Path,
+    metrics: Path,
+    wait: Callable[[float], None] = time.sleep,
+) -> int:
     """Waits, looks, orders again; ends when there is nothing to order or all was delivered."""
     ordered = traefik / "ordered"
     if not ordered.exists():
@@ -92,9 +99,10 @@ def main(traefik: Path, acme: Path, note: Path, metrics: Path, wait: Callable[[f
         _note(note)
         return 0
     names = ordered.read_text().split()
-    missing, written = list(names), None
-    for number, pause_s in zip(count(1), pauses_s(), strict=False):
-        for _ in range(pause_s):
+    missing, written, led_here = list(names), None, arrived.exists()
+    pauses = pauses_s()
+    for number in count(1):
+        for _ in range(next(pauses)):
             for name in [name for name in missing if is_there(acme, name)]:
                 print(f"the certificate of {name} is there")
                 missing.remove(name)
@@ -105,6 +113,9 @@ def main(traefik: Path, acme: Path, note: Path, metrics: Path, wait: Callable[[f
                 written = list(missing)
             if not missing:
                 return 0
+            if not led_here and arrived.exists():
+                led_here, pauses = True, pauses_s()  # no order before this could succeed
+                break
             wait(_LOOK_EVERY_S)
         told = ", ".join(missing)
         print(f"no certificate of {told} yet; ordering again (Traefik's log says why the last order failed)")
@@ -114,5 +125,5 @@ def main(traefik: Path, acme: Path, note: Path, metrics: Path, wait: Callable[[f
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a file's, of which the stubs are not sure
-    TRAEFIK, ACME, NOTE, METRICS = map(Path, sys.argv[1:])
-    sys.exit(main(TRAEFIK, ACME, NOTE, METRICS))
+    TRAEFIK, ACME, ARRIVED, NOTE, METRICS = map(Path, sys.argv[1:])
+    sys.exit(main(TRAEFIK, ACME, ARRIVED, NOTE, METRICS))

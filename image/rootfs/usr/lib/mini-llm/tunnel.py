@@ -32,7 +32,12 @@ _BOTH = {
     # Packets of flows whose beginning was not seen are invalid: handed on by the new node, dropped by the old one.
     "netfilter/nf_conntrack_tcp_loose": "0",
 }
-_NEW_ONLY = {"ipv4/ip_forward": "1", "ipv6/conf/all/forwarding": "1"}
+_NEW_ONLY = {
+    "ipv4/ip_forward": "1",
+    "ipv6/conf/all/forwarding": "1",
+    # The kernel believes redirects again once it forwards no longer; so this one comes back after those.
+    "ipv4/conf/all/accept_redirects": "0",
+}
 
 Run = Callable[[list[str], str], str]
 
