@@ -50,7 +50,7 @@ class _Gate:
     def process_resource(self, req: falcon.Request, resp: falcon.Response, resource: Any, params: Any) -> None:
         req.env[accounts.ENDPOINT] = req.uri_template  # the raw path never becomes a label
         scope = getattr(resource, "scope", None)
-        if scope is None:
+        if scope is None or req.method == "OPTIONS":
             return
         req.env[accounts.SCOPE] = scope
         counted = getattr(resource, "counted", False)  # against the requests a minute

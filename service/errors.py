@@ -89,10 +89,10 @@ class ContextExceeded(ServiceError):
 class Unavailable(ServiceError):
     """The request cannot be served now (503); ``reason`` is a label of the refusals metric.
 
-    ``retry_after_s`` is the predicted wait in seconds.
+    ``retry_after_s`` is the predicted wait in seconds, None where waiting would not help.
     """
 
-    def __init__(self, reason: str, message: str, retry_after_s: float):
+    def __init__(self, reason: str, message: str, retry_after_s: float | None):
         super().__init__(message)
         self.reason = reason
         self.retry_after_s = retry_after_s
@@ -142,7 +142,11 @@ class ModelUnknown(ServiceError):
 
 
 class AnswerCancelled(ServiceError):
-    """The answer was ended before its time, by its deadline or the drain's limit, where no finish reason can say so."""
+    """The answer was ended before its time, where no finish reason can say so; ``by`` is ``deadline`` or ``drain``."""
+
+    def __init__(self, message: str, by: str | None):
+        super().__init__(message)
+        self.by = by
 
 
 class AuditUnwritable(ServiceError):

@@ -112,7 +112,8 @@ class Generator:
                 account.prompt_tokens = self._count(request, deadline_s, client.gone, caller.identity)
                 account.max_tokens = self._fit(request, account.prompt_tokens, lease)
                 lease.reserve(account.max_tokens)
-                ticket.declare(Work(account.prompt_tokens, account.max_tokens), deadline_s)
+                work = Work(account.prompt_tokens, account.max_tokens, request.max_tokens_named)
+                ticket.declare(work, deadline_s)
             except BaseException:
                 ticket.release()
                 raise
@@ -236,6 +237,10 @@ class Generation:
     def ended(self) -> bool:
         return self._ended
 
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
     def step(self) -> Waiting | Text | None:
         """The next thing that happened, within about 0.1 s; None once the generation has ended.
 
@@ -358,7 +363,7 @@ class Generation:
             completion.decode_s,
             None if completion.finish_reason == "cancelled" and not self._stop.stopped else account.max_tokens,
         )
-        rest = self._stop.flush() if completion.finish_reason != "cancelled" else ""
+        rest = self._stop.flush()
         return Text(rest) if rest else None
 
     def _settle(self) -> None:

@@ -147,6 +147,8 @@ def check_model(asked: str, model: str) -> None:
 def _parse_message(place: str, entry: Any) -> Message:
     if not isinstance(entry, dict):
         raise RequestMalformed(f"{place}: must be an object with role and content")
+    # Programs send an answer back with all that their own records have; nulls among it say nothing.
+    entry = {name: value for name, value in entry.items() if value is not None}
     refuse_unknown(entry, _MESSAGE_FIELDS, UNSUPPORTED_IN_MESSAGE, f"{place}.")
     role, content = entry.get("role"), entry.get("content")
     if not isinstance(role, str):
@@ -170,6 +172,7 @@ def _parse_part(place: str, part: Any) -> str:
         raise RequestMalformed(f"{place}: must be an object")
     if part.get("type") != "text":
         raise FieldUnsupported(f"{place}.type", "the engine reads text only")
+    part = {name: value for name, value in part.items() if value is not None}
     if set(part) != {"type", "text"} or not isinstance(part["text"], str):
         raise RequestMalformed(f"{place}: must have type and text, and nothing else")
     return part["text"]

@@ -55,6 +55,10 @@ _HEADERS: dict[str, Schema] = {
         "schema": {"type": "string", "pattern": "^[0-9a-f]{32}$"},
     },
     "Retry-After": {"description": "seconds to wait", "schema": {"type": "integer", "minimum": 1}},
+    "X-Should-Retry": {
+        "description": "the deadline is over, or cannot be met: the same again would come too late",
+        "schema": {"const": "false"},
+    },
     "RateLimit": {
         "description": "what is left of each limit (draft-ietf-httpapi-ratelimit-headers-10); without limits not there",
         "schema": {"type": "string"},
@@ -95,6 +99,8 @@ class OpenApiResource:
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         resp.media = build_openapi(self._generator.settings, self._generator.engine.describe())
+
+    on_head = on_get
 
 
 def build_openapi(settings: Settings, model: Description | None) -> Schema:
@@ -257,7 +263,13 @@ def _key_errors(required: bool) -> tuple[int, ...]:
 
 
 def _get(identity: str, summary: str, answer: Schema, errors: Schema, **more: Any) -> Schema:
-    return {"get": {"operationId": identity, "summary": summary, **more, "responses": {"200": answer, **errors}}}
+    """GET, and HEAD of the same."""
+    whole = {"operationId": identity, "summary": summary, **more, "responses": {"200": answer, **errors}}
+    heads = {
+        status: {name: part for name, part in told.items() if name not in ("content", "links")}
+        for status, told in whole["responses"].items()
+    }
+    return {"get": whole, "head": {**whole, "operationId": f"{identity}Head", "responses": heads}}
 
 
 def _answer(
@@ -310,7 +322,11 @@ def _error(status: int, openai: bool) -> Schema:
         # OpenAI's clients are told 400 for what is 422 elsewhere.
         codes = {"enum": [openai_code(kind) for kind in (*kinds, *(_ERRORS[422][1] if status == 400 else ()))]}
         content[_JSON] = {"schema": {**ref("OpenAIError"), "properties": {"error": {"properties": {"code": codes}}}}}
-    headers = {401: ["WWW-Authenticate"], 429: ["Retry-After", "RateLimit", "RateLimit-Policy"], 503: ["Retry-After"]}
+    headers = {
+        401: ["WWW-Authenticate"],
+        429: ["Retry-After", "RateLimit", "RateLimit-Policy"],
+        503: ["Retry-After", "X-Should-Retry"],
+    }
     return {
         "description": description,
         "content": content,

@@ -129,13 +129,14 @@ def describe_requests(settings: Settings, model: Description | None) -> Schema:
 
 def _describe_message() -> tuple[Schema, Schema]:
     """A message of a conversation, and content that says something, which a user's must."""
-    parts = {"type": "array", "items": _object({"type": {"const": "text"}, "text": _text()})}
+    nothing_else = {"additionalProperties": _NULL}  # which is as not there
+    parts = {"type": "array", "items": _object({"type": {"const": "text"}, "text": _text()}) | nothing_else}
     said = {"anyOf": [_text(1), {**parts, "contains": {"properties": {"text": {"minLength": 1}}}}]}
 
     def message(meant: str, content: Schema, required: tuple[str, ...] = ("role", "content")) -> Schema:
         roles = [name for name, role in ROLES.items() if role == meant]
         members = {"role": {"enum": roles}, "content": content, **_unsupported(UNSUPPORTED_IN_MESSAGE)}
-        return _object(members, required)
+        return _object(members, required) | nothing_else
 
     anything = [_text(), parts]
     kinds = [

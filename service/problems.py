@@ -28,13 +28,17 @@ _OPENAI_CODES = {
 
 @dataclass(frozen=True)
 class Problem:
-    """``kind`` is stable and made for programs, ``detail`` is one line for people, ``more`` are further members."""
+    """``kind`` is stable and made for programs, ``detail`` is one line for people, ``more`` are further members.
+
+    ``too_late`` says that the same request again would be of no use to who sent it.
+    """
 
     status: int
     kind: str
     detail: str
     more: dict[str, Any]
     retry_after_s: float | None = None
+    too_late: bool = False
 
     def headers(self) -> dict[str, str]:
         """Headers that belong to it beside the content type."""
@@ -43,6 +47,9 @@ class Problem:
             headers["Retry-After"] = str(max(1, math.ceil(self.retry_after_s)))
         if self.status == 401:
             headers["WWW-Authenticate"] = _CHALLENGES
+        if self.too_late:
+            # OpenAI's programs ask again after any 5xx that does not say so: openai-python, _base_client.py.
+            headers["X-Should-Retry"] = "false"
         return headers
 
     def body(self, request_id: str) -> bytes:
@@ -109,7 +116,8 @@ def describe_error(error: Exception) -> Problem:
         case errors.FieldOutOfBounds():
             return Problem(422, "out-of-bounds", detail, {"field": error.field, "bound": error.bound})
         case errors.Unavailable():
-            return Problem(503, error.reason.replace("_", "-"), detail, {}, error.retry_after_s)
+            kind = error.reason.replace("_", "-")
+            return Problem(503, kind, detail, {}, error.retry_after_s, too_late=kind == "deadline")
         case errors.Unauthenticated():
             return Problem(401, "unauthenticated", detail, {})
         case errors.Forbidden():
@@ -119,7 +127,7 @@ def describe_error(error: Exception) -> Problem:
         case errors.ModelUnknown():
             return Problem(404, "model-unknown", detail, {"field": "model"})
         case errors.AnswerCancelled():
-            return Problem(503, "answer-cancelled", detail, {})
+            return Problem(503, "answer-cancelled", detail, {}, too_late=error.by == "deadline")
         case errors.KeysUnusable():
             detail = "no key can be checked: the key file is missing, empty or damaged; the log says which"
             return Problem(503, "keys-unusable", detail, {}, 60.0)

@@ -19,10 +19,11 @@ _SPEED_HOLDS_S = 60.0  # a busy neighbour may have left since
 
 @dataclass(frozen=True)
 class Work:
-    """What one request will ask of the engine, in tokens."""
+    """What one request will ask of the engine, in tokens; an answer of a length that nobody named may end anywhere."""
 
     prompt_tokens: int
     max_tokens: int
+    max_tokens_named: bool = True
 
 
 class Speed:
@@ -72,6 +73,10 @@ class Speed:
     def longest_s(self, work: Work) -> float:
         """How long it takes if it uses all its tokens; 0 before anything was measured."""
         return self._predict_s(work, 1.0)
+
+    def needed_s(self, work: Work) -> float:
+        """How long it takes with all the tokens that somebody named; 0 before anything was measured."""
+        return self._predict_s(work, 1.0 if work.max_tokens_named else 0.0)
 
     def _predict_s(self, work: Work, share_used: float) -> float:
         return work.prompt_tokens * (self._prefill_s or 0.0) + work.max_tokens * share_used * (self._decode_s or 0.0)
@@ -157,13 +162,14 @@ class Scheduler:
         with self._lock:
             if deadline_s is not None and self.speed.is_known():
                 ahead_s = self._predict_start_s(ticket)
-                done_s = ahead_s + self.speed.longest_s(work)
+                needed_s = self.speed.needed_s(work)
+                done_s = ahead_s + needed_s
                 if done_s > deadline_s:
                     raise Unavailable(
                         "deadline",
                         f"the deadline is in {deadline_s:.1f} s, but the answer would be ready in about {done_s:.1f} s "
                         f"(of which {ahead_s:.1f} s of waiting)",
-                        max(1.0, ahead_s),
+                        max(1.0, ahead_s) if needed_s <= deadline_s else None,
                     )
             ticket.work = work
             self._promote()

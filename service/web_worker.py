@@ -10,9 +10,11 @@
   (``transferWriter.writeBody`` and ``chunkWriter.writeHeader`` of net/http): on two busy cores one stream of 250.
 """
 
+import errno
 import json
 import select
 import socket
+import struct
 import threading
 import time
 import uuid
@@ -34,7 +36,12 @@ from service.errors import BodyLate, RequestMalformed
 _WATCH_EVERY_S = 0.25
 _LINGER_S = 0.5
 _KEPT_PAUSE_MS = 2
-_LONGEST_SILENCE_MS = 15_000
+# A client that pauses costs nobody anything as long as the kernel takes what is written; then it holds a thread and a
+# slot.
+_LONGEST_BLOCK_S = 30
+# So long the kernel keeps what a client does not acknowledge, or has no room for. Who asks from this machine, as a
+# proxy does, cannot have gone without a word; it only pauses, as its own client does.
+_LONGEST_SILENCE_S, _LONGEST_PAUSE_S = 60, 600
 _PROXY_PAUSE_S = 0.05
 # What the application's own headers are refused with: its fault, not the request's.
 _OWN_HEADER_ERRORS = (
@@ -129,8 +136,9 @@ class WebWorker(ThreadWorker):
         except OSError:
             return  # gone again, or taken by nobody: there is nothing to serve
         self.nr_conns += 1
-        # A client that acknowledges nothing for so long has gone; it must not hold a thread and a slot.
-        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _LONGEST_SILENCE_MS)
+        silence_s = _LONGEST_PAUSE_S if _is_own(address[0]) else _LONGEST_SILENCE_S
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, silence_s * 1000)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", _LONGEST_BLOCK_S, 0))
         conn = _Connection(self.cfg, client, address, listener.getsockname())
         conn.timeout = time.monotonic() + self.header_timeout_s
         self.pending_conns.append(conn)
@@ -155,7 +163,10 @@ class WebWorker(ThreadWorker):
     def handle_request(self, req: Any, conn: TConn) -> Any:
         self._current.request = req
         self._deadlines.extend(conn.sock, self.body_timeout_s - self.header_timeout_s)
-        return super().handle_request(req, conn)
+        try:
+            return super().handle_request(req, conn)
+        except BlockingIOError as error:
+            raise BrokenPipeError(errno.EPIPE, "the client has not read for too long") from error
 
     # Signals come twice: a unit's stop and Ctrl-C reach all processes, and gunicorn hands them on. The second may
     # interrupt the work on the first, in this same thread. It is let pass by these handlers, not by SIG_IGN: what had
@@ -309,6 +320,10 @@ def _set_corked(client: socket.socket, corked: bool) -> None:
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, int(corked))
     except OSError:
         pass  # it has gone; whoever writes to it is told
+
+
+def _is_own(address: str) -> bool:
+    return address.startswith(("127.", "::ffff:127.")) or address == "::1"
 
 
 def _has_more(conn: TConn) -> bool:

@@ -3,6 +3,9 @@
 The template is rendered with a placeholder in the place of each text. What it puts around the placeholders are its
 marks, in which control tokens are meant; a text is put in later and is never parsed for them, so no prompt can forge
 a mark. A file without a template gets the prompt as it is.
+
+What a template does with texts themselves is found out at the load, and then done here: whether it trims them, and
+whether it leaves out of an earlier answer what the model thought before it spoke.
 """
 
 import contextlib
@@ -21,6 +24,7 @@ from service.errors import ModelRefused, RequestMalformed
 _OPEN, _CLOSE = "\ue000", "\ue001"
 _PLACEHOLDER = re.compile(f"{_OPEN}([0-9]+){_CLOSE}")
 _MAX_RENDERED_CHARACTERS = 65_536
+_END_OF_THOUGHT = "</think>"  # of all models whose templates forget thoughts
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class ChatTemplate:
         """Raises ModelRefused if the template cannot render a single user message."""
         self._bos_token, self._eos_token, self._adds_bos = bos_token, eos_token, adds_bos
         self._template: Template | None = None
+        self._forgets: str | None = None
         if source is None:
             return
         # trim_blocks, lstrip_blocks and loop controls are what templates are written for: Hugging Face's
@@ -61,6 +66,8 @@ class ChatTemplate:
             # A system message may lead through other parts of the template: if they do not end, nor does the load.
             with contextlib.suppress(RequestMalformed):
                 self.turns([Message("system", "probe"), Message("user", "probe")])
+            with contextlib.suppress(RequestMalformed):
+                self._forgets = self._find_forgotten(self._template)
         except (TemplateError, RequestMalformed) as error:
             raise ModelRefused(f"the model's chat template cannot be used: {error}") from error
 
@@ -89,18 +96,37 @@ class ChatTemplate:
         if missing:
             role = messages[min(missing)].role
             raise RequestMalformed(f"this model's chat template has no place for a {role} message")
-        texts = [message.content.strip() if trims else message.content for message in messages]
+        texts = [self._recall(each.content) if each.role == "assistant" else each.content for each in messages]
+        texts = [text.strip() if trims else text for text in texts]
         turns = [Turn(mark, texts[place], "") for mark, place in zip(marks, places, strict=False)]
         turns[-1] = Turn(turns[-1].prefix, turns[-1].text, marks[-1])
         return turns
 
+    def _recall(self, answer: str) -> str:
+        """An earlier answer, as the template would have taken it."""
+        if self._forgets is None or _END_OF_THOUGHT not in answer:
+            return answer
+        return answer.rpartition(_END_OF_THOUGHT)[2].lstrip(self._forgets)
+
+    def _find_forgotten(self, template: Template) -> str | None:
+        """What is left out behind a thought, beside the thought; None if that is kept. Raises RequestMalformed."""
+        told_time = datetime.now()
+
+        def render(answer: str) -> str:
+            texts: list[tuple[Role, str]] = [("user", "probe"), ("assistant", answer), ("user", "probe")]
+            return self._render_texts(template, texts, told_time)
+
+        rendered = render(f"<think>\nthought\n{_END_OF_THOUGHT}\n\nsaid")
+        return "\n" if rendered == render("said") else "" if rendered == render("\n\nsaid") else None
+
     def _render(self, template: Template, roles: list[Role], padding: str, told_time: datetime) -> str:
-        messages = [
-            {"role": role, "content": f"{padding}{_OPEN}{index}{_CLOSE}{padding}"} for index, role in enumerate(roles)
-        ]
+        texts = [(role, f"{padding}{_OPEN}{index}{_CLOSE}{padding}") for index, role in enumerate(roles)]
+        return self._render_texts(template, texts, told_time)
+
+    def _render_texts(self, template: Template, texts: list[tuple[Role, str]], told_time: datetime) -> str:
         try:
             rendered = template.render(
-                messages=messages,
+                messages=[{"role": role, "content": text} for role, text in texts],
                 add_generation_prompt=True,
                 bos_token=self._bos_token,
                 eos_token=self._eos_token,

@@ -63,6 +63,8 @@ class Answerer:
         """The request's body. Raises MediaTypeUnsupported, BodyLate, BodyTooLarge or RequestMalformed."""
         if falcon.mediatypes.parse_header(req.content_type or "")[0].lower() != "application/json":
             raise MediaTypeUnsupported("the body must be declared as Content-Type: application/json")
+        if (coding := (req.get_header("Content-Encoding") or "identity").strip().lower()) != "identity":
+            raise MediaTypeUnsupported(f"the body must be sent as it is, not as Content-Encoding: {coding[:64]}")
         limit_bytes = self.generator.settings.body_limit_bytes
         with self._arrival(req.env[accounts.CALLER].identity) as others:
             if others >= _PATIENT_BODIES:
@@ -121,6 +123,13 @@ class Answerer:
         resp.data = to_json(shape.whole(generation, "".join(texts)))
 
 
+def _in_one_line(document: bytes) -> bytes:
+    """JSON without the characters that end no line of events but for programs that split by all that Unicode knows."""
+    for letter in "\u0085\u2028\u2029":
+        document = document.replace(letter.encode(), b"\\u%04x" % ord(letter))
+    return document
+
+
 def _tell_facts(environ: dict[str, Any], generation: Generation) -> None:
     account = generation.account
     environ[accounts.FACTS].update(
@@ -153,8 +162,13 @@ class _EventStream:
         return next(self._events)
 
     def close(self) -> None:
-        self._generation.close()
-        _tell_facts(self._environ, self._generation)
+        generation = self._generation
+        if not generation.ended and not generation.closed:
+            generation.account.cancelled_by = (
+                generation.account.cancelled_by or "client"
+            )  # whom nothing reaches any more
+        generation.close()
+        _tell_facts(self._environ, generation)
 
     def _run(self) -> Iterator[bytes]:
         generation, shape = self._generation, self._shape
@@ -183,7 +197,7 @@ class _EventStream:
             yield self._sent(shape.failure(problem))
 
     def _data(self, document: dict[str, Any]) -> bytes:
-        return self._sent(b"data: " + to_json(document) + b"\n\n")
+        return self._sent(b"data: " + _in_one_line(to_json(document)) + b"\n\n")
 
     def _sent(self, event: bytes) -> bytes:
         self._last_byte_s = time.monotonic()

@@ -28,7 +28,11 @@ class TextResource:
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         generator = self._answerer.generator
-        model = _loaded_model(generator)
+        try:
+            model = _loaded_model(generator)
+        except Unavailable as error:
+            generator.metrics.refusals.labels(error.reason).inc()
+            raise
         request = self._parse(self._answerer.read(req), model, generator.settings.largest_max_tokens)
         if request.user is not None:
             req.env[accounts.FACTS]["user"] = request.user
@@ -48,6 +52,8 @@ class ModelsResource:
         loaded = self._generator.engine.describe() is not None
         resp.media = {"object": "list", "data": [_describe_model(self._generator)] if loaded else []}
 
+    on_head = on_get
+
 
 class ModelResource:
     """``GET /v1/models/{model}``."""
@@ -60,6 +66,8 @@ class ModelResource:
     def on_get(self, req: falcon.Request, resp: falcon.Response, model: str) -> None:
         check_model(model, _loaded_model(self._generator))
         resp.media = _describe_model(self._generator)
+
+    on_head = on_get
 
 
 def _loaded_model(generator: Generator) -> str:
@@ -158,6 +166,7 @@ def _finish_reason(generation: Generation) -> str:
     account = generation.account
     if account.finish_reason not in ("stop", "length"):
         raise AnswerCancelled(
-            f"the answer was ended by the {account.cancelled_by or 'service'} after {account.completion_tokens} tokens"
+            f"the answer was ended by the {account.cancelled_by or 'service'} after {account.completion_tokens} tokens",
+            account.cancelled_by,
         )
     return account.finish_reason

@@ -18,6 +18,8 @@ class HealthResource:
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         resp.media = {"status": "alive"}
 
+    on_head = on_get
+
 
 class ReadyResource:
     """``GET /ready``: 200 once the engine has given its golden answer, 503 with the reason otherwise."""
@@ -47,6 +49,8 @@ class ReadyResource:
             resp.set_header("Retry-After", "60" if phase in ("failed", "draining") else "1")
         resp.media = document
 
+    on_head = on_get
+
 
 class MetricsResource:
     """``GET /metrics``: the text exposition."""
@@ -59,6 +63,8 @@ class MetricsResource:
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         resp.content_type = CONTENT_TYPE
         resp.data = self._metrics.render()
+
+    on_head = on_get
 
 
 class VersionResource:
@@ -98,6 +104,8 @@ class VersionResource:
             }
         resp.media = document
 
+    on_head = on_get
+
 
 class UsageResource:
     """``GET /usage``: where the caller's key stands with its limits; a key with the scope admin sees all keys."""
@@ -122,6 +130,8 @@ class UsageResource:
                 for name, limits in sorted(callers.items())
             ]
         }
+
+    on_head = on_get
 
 
 def _describe_use(use: Use) -> dict[str, Any]:

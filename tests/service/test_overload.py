@@ -167,6 +167,21 @@ def test_clients_that_do_not_close_hold_nobody_up(fake: Service) -> None:
         client.close()
 
 
+def test_client_that_pauses_gets_its_answer_whole(fake: Service) -> None:
+    """At a breakpoint, in a pager: the kernel holds what it does not read, and nobody waits for it."""
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+    client.connect(("127.0.0.1", fake.port))
+    body = b'{"prompt": "pause 0.0001", "max_tokens": 400, "stream": true}'
+    head = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    client.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+    assert fake.wait_request(endpoint="/generate", finish_reason="length")["completion_tokens"] == 400
+    time.sleep(17)
+    client.settimeout(20)
+    with client, client.makefile("rb") as answer:
+        assert b'"done":true' in answer.read()
+
+
 def test_client_that_does_not_read_loses_its_slot(fake: Service) -> None:
     """A client with a tiny window that never reads holds neither the slot nor a drain for ever."""
     client = socket.socket()

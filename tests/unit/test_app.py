@@ -156,6 +156,7 @@ def test_default_max_tokens_is_cut_to_the_room(bench: Bench) -> None:
         ('{"prompt": "x", "temperature": 3}', {}, 422, "out-of-bounds"),
         ('{"prompt": "x"}', {"Content-Type": "text/plain"}, 415, "unsupported-media-type"),
         ('{"prompt": "x"}', {"Content-Type": ""}, 415, "unsupported-media-type"),
+        ('{"prompt": "x"}', {"Content-Encoding": "gzip"}, 415, "unsupported-media-type"),
         ('{"prompt": "x"}', {"X-Deadline-S": "now"}, 422, "out-of-bounds"),
         ('{"prompt": "' + "x" * 3000 + '"}', {}, 413, "body-too-large"),
         ('{"prompt": "' + "x " * 900 + '"}', {}, 400, "context-exceeded"),
@@ -198,6 +199,23 @@ def test_wrong_paths_and_methods(bench: Bench, method: str, path: str, status: i
     assert (status != 405) or "allow" in result.headers
 
 
+@pytest.mark.parametrize("path", ["/health", "/ready", "/version", "/metrics", "/usage", "/openapi.json", "/v1/models"])
+def test_head_tells_what_get_would(bench: Bench, path: str) -> None:
+    """As programs ask that only want to know whether it is there."""
+    whole, head = bench.client.simulate_get(path), bench.client.simulate_request("HEAD", path)
+    assert (head.status_code, head.text) == (200, "")
+    assert head.headers["content-type"] == whole.headers["content-type"]
+
+
+def test_options_are_told_to_everybody(tmp_path: Path) -> None:
+    """Without a key."""
+    add_key(tmp_path / "keys.json", "alice", frozenset({"generate"}))
+    bench = Bench(auth="on", keys_file=tmp_path / "keys.json")
+    told = bench.client.simulate_options("/generate")
+    assert told.status_code == 200
+    assert told.headers["allow"] == "POST"
+
+
 def test_unknown_failure_is_500_without_its_message(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bug answers 500 with an id; log and answer hold type and place, never the message, which may quote a prompt."""
 
@@ -221,6 +239,9 @@ def test_not_ready_is_told_with_retry_after(bench: Bench) -> None:
     refused = bench.post({"prompt": "x"})
     assert_problem(refused, 503, "loading")
     assert int(refused.headers["retry-after"]) >= 1
+    bench.client.simulate_post("/v1/completions", json={"model": "fake", "prompt": "x"})
+    counted = families(bench)["llm_refusals"].samples
+    assert [each.value for each in counted if each.labels == {"reason": "loading"}][:1] == [2]
     assert bench.client.simulate_get("/health").status_code == 200
     assert bench.client.simulate_get("/version").json["model"] is None
 
@@ -283,6 +304,45 @@ def test_stream_that_is_never_read_gives_its_slot_back(bench: Bench) -> None:
     response.close()
     assert bench.scheduler.counts() == (0, 0)
     assert bench.log()[-1]["event"] == "request"
+
+
+def test_a_client_that_leaves_before_its_turn_has_left(bench: Bench) -> None:
+    """However far its request has come, it is no failure of the service."""
+    response = bench.open_stream("pause 0.01")
+    assert next(iter(response)) == b": accepted\n\n"
+    response.close()
+    line = bench.log()[-1]
+    assert (line["status"], line["cancelled_by"]) == (499, "client")
+    assert bench.audit.lines[-1]["outcome"] == "client"
+
+
+def test_an_event_is_one_line_to_everybody(bench: Bench) -> None:
+    """Also to programs that split lines at all that Unicode calls an end of a line."""
+    text = bench.post({"prompt": "say a\u2028b\u2029c\u0085d", "stream": True}).text
+    events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: ")]
+    assert "".join(event["response"] for event in events).split() == ["a", "b", "c", "d"]
+
+
+def test_text_that_was_held_back_for_a_stop_is_given_at_the_deadline(bench: Bench) -> None:
+    """It was generated and charged, and nothing can follow it any more."""
+    asked = {"prompt": "pause 0.1 say a b c d e f g h", "stop": [" b c d e f g h i"]}
+    document = bench.post(asked, headers={"X-Deadline-S": "0.5"}).json
+    assert document["finish_reason"] == "cancelled"
+    assert document["response"].split() == list("abcdefgh")[: document["usage"]["completion_tokens"]]
+
+
+@pytest.mark.parametrize("named", [{}, {"max_tokens": 50}])
+def test_a_deadline_is_refused_for_tokens_that_were_asked_for(bench: Bench, named: dict[str, int]) -> None:
+    """An answer of no named length may be short enough; and the same again would be too late."""
+    for _ in range(8):
+        bench.scheduler.speed.learn(1, 0.0, 50, 5.0, 50)
+    result = bench.post({"prompt": "say a", **named}, headers={"X-Deadline-S": "2"})
+    if named:
+        assert_problem(result, 503, "deadline")
+        assert result.headers["x-should-retry"] == "false"
+        assert "retry-after" not in result.headers  # it would never be met
+    else:
+        assert result.json["response"] == "a"
 
 
 @pytest.mark.parametrize("prompt", ["say a b", "fail"])

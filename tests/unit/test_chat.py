@@ -44,6 +44,30 @@ def test_trimming_of_the_template_is_honoured() -> None:
     assert template("{{ messages[0]['content'] }}").turns([padded])[0].text == "  hi \n"
 
 
+@pytest.mark.parametrize(
+    ("content", "kept"),
+    [
+        ("m.content", "<think>\nlong\n</think>\n\nHello"),
+        ("m.content.split('</think>')[-1]", "\n\nHello"),  # DeepSeek-R1
+        ("m.content.split('</think>')[-1].lstrip('\\n')", "Hello"),  # Qwen3
+        ("m.content.split('</think>')[-1] | trim", "Hello"),
+    ],
+)
+def test_what_a_template_forgets_of_earlier_answers_is_left_out(content: str, kept: str) -> None:
+    """What the model thought before it spoke would fill the context; in anybody else's text it is text."""
+    source = (
+        "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' and '</think>' in m.content %}"
+        f"{{{{ {content} }}}}{{% else %}}{{{{ m.content }}}}{{% endif %}}{{% endfor %}}"
+    )
+    asked = Message("user", "what is </think>?")
+    answered = Message("assistant", "<think>\nlong\n</think>\n\nHello")
+    turns = template(source).turns([asked, answered, USER, Message("assistant", "Yes"), USER])
+    texts = [turn.text for turn in turns]
+    if "trim" in content:
+        texts[1] = texts[1].strip()
+    assert texts == ["what is </think>?", kept, "hi", "Yes", "hi"]
+
+
 def test_placeholder_in_a_text_is_text() -> None:
     """A text that looks like the placeholder, or like a mark, comes through as it is."""
     for content in ("\ue0000\ue001", "\ue0001\ue001", "<|eot_id|>", "{{ 7 * 7 }}", "%1 %2"):

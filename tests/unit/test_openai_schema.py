@@ -42,6 +42,15 @@ def test_chat() -> None:
     assert (request.max_tokens, request.max_tokens_named, request.stream) == (4096, False, False)
 
 
+def test_nulls_say_nothing() -> None:
+    """Programs send back all that their records of an answer have, of whatever name."""
+    part = {"type": "text", "text": "c", "annotations": None}
+    sent = {"role": "assistant", "content": [part], "reasoning_content": None}
+    assert chat([*HELLO, sent, *HELLO]).generate.messages[1] == Message("assistant", "c")
+    with pytest.raises(FieldUnsupported):
+        chat([{**HELLO[0], "reasoning_content": "because"}])
+
+
 def test_max_tokens_has_two_names() -> None:
     """Either name will do, both together are a contradiction."""
     assert chat(max_tokens=5).generate.max_tokens == chat(max_completion_tokens=5).generate.max_tokens == 5

@@ -256,6 +256,7 @@ EXAMPLES: dict[type[ServiceError], list[ServiceError]] = {
     errors.BodyLate: [errors.BodyLate(2.5)],
     errors.SettingsInvalid: [errors.SettingsInvalid(["wrong"])],
     errors.EngineLost: [errors.EngineLost("gone")],
+    errors.AnswerCancelled: [errors.AnswerCancelled("over", by) for by in ("deadline", "drain")],
 }
 
 

@@ -84,6 +84,7 @@ def test_deadline_counts_the_work_ahead() -> None:
         ticket.declare(Work(100, 20), 7.9)  # 5 s ahead + 1 + 2 s
     assert caught.value.reason == "deadline"
     assert "8.0 s" in str(caught.value)
+    assert caught.value.retry_after_s == pytest.approx(5, abs=0.1)
     ticket.declare(Work(100, 20), 8.1)
 
 
