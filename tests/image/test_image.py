@@ -333,6 +333,15 @@ def test_what_is_open_and_who_may_log_in(served: Node) -> None:
     assert told.split() == ["200", "000"]
 
 
+def test_who_manages_the_network_leaves_a_rollout_alone(served: Node) -> None:
+    """The tunnel's rules and routes are in none of its files."""
+    begin = "ip rule add from 192.0.2.9 lookup 107 priority 20000; ip route add 192.0.2.9 dev lo table 107"
+    look, end = "ip rule; ip route show table 107", "ip rule delete priority 20000; ip route flush table 107"
+    told = served.run(f"{begin}; systemctl restart systemd-networkd; sleep 2; {look}; {end}")
+    assert "from 192.0.2.9 lookup 107" in told
+    assert "192.0.2.9 dev lo" in told
+
+
 def test_wrong_facts_are_told_and_nothing_is_served(
     cloud: LocalCloud, image: BoundImage, known: BoundSSHKey, key: Path
 ) -> None:

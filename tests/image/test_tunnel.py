@@ -92,6 +92,7 @@ def _add_node(network: Network, number: int) -> str:
     )
     run(["ip", "netns", "exec", namespace, "nft", "-f", str(_ROOTFS / "etc/nftables.conf")])
     run(["ip", "netns", "exec", namespace, "nft", "add element inet node private { enp7s0 }"])
+    run(["ip", "netns", "exec", namespace, "sysctl", "-q", "net.ipv4.conf.all.accept_redirects=0"])
     return namespace
 
 
