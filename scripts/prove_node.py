@@ -27,6 +27,7 @@ except ModuleNotFoundError as error:
     sys.exit(f"error: Python has no module {error.name}; run `make bake`, or name another one: -var python=…")
 
 _REQUEST_TIMEOUT_S = (5.0, 120.0)  # a generation of some tokens by a large model
+_BUSY = {f"urn:mini-llm:problem:{kind}" for kind in ("queue-full", "queue-timeout")}
 _PAUSE_S = 1.0
 _SAID_EVERY_S = 15.0
 _QUESTION: dict[str, Any] = {"prompt": "Name three colours.", "max_tokens": 8, "temperature": 0}
@@ -34,6 +35,10 @@ _QUESTION: dict[str, Any] = {"prompt": "Name three colours.", "max_tokens": 8, "
 
 class NotYet(Exception):
     """The node does not serve; it may later."""
+
+
+class Busy(NotYet):
+    """The node serves, but others are before."""
 
 
 class Never(Exception):
@@ -117,7 +122,7 @@ def ask_ready(session: requests.Session, order: Order) -> None:
 
 
 def ask_once(session: requests.Session, order: Order) -> str:
-    """What the node answers to the question. Raises NotYet and Never."""
+    """What the node answers to the question. Raises Busy, NotYet and Never."""
     ask_ready(session, order)
     try:
         answer = session.post(
@@ -132,8 +137,11 @@ def ask_once(session: requests.Session, order: Order) -> str:
                 "make another node: terraform apply -replace=terraform_data.node"
             )
         if answer.status_code != 200:
-            raise NotYet(f"POST /generate says {answer.status_code}: {answer.text[:500]}")
+            kind = Busy if answer.status_code == 503 and answer.json().get("type") in _BUSY else NotYet
+            raise kind(f"POST /generate says {answer.status_code}: {answer.text[:500]}")
         response = str(answer.json()["response"])
+    except requests.exceptions.ReadTimeout as error:
+        raise Busy(f"{order.address} does not answer within {_REQUEST_TIMEOUT_S[1]:.0f} s") from error
     except requests.RequestException as error:  # a JSONDecodeError is one, too
         raise NotYet(f"{order.address} does not answer: {type(error).__name__}") from error
     except (KeyError, TypeError, AttributeError) as error:
@@ -184,7 +192,14 @@ def prove_once(session: requests.Session, order: Order) -> str:
         return "proved before"  # its key ended with that
     # First this: a generation takes a processor from those who are being served.
     judge_rollout(told, order)
-    answer = ask_once(session, order)
+    try:
+        answer = ask_once(session, order)
+    except Busy as busy:
+        if order.stage == "gate":
+            raise
+        # It has answered at the gate; now clients are in the queue, whose answers take minutes.
+        ask_ready(session, order)
+        answer = f"busy: {busy}"
     if told.get("certificate") and not order.verify:
         # What it took over must be what clients will see.
         proved = replace(order, verify=order.authority)

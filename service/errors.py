@@ -33,6 +33,10 @@ class FetchFailed(ServiceError):
     """A model could not be downloaded; what has arrived is kept and the next try goes on from there."""
 
 
+class FetchGaveUp(FetchFailed):
+    """Where it comes from, or the way to it, has failed again and again; later it may work."""
+
+
 class RequestMalformed(ServiceError):
     """The request cannot be understood (400)."""
 

@@ -170,11 +170,13 @@ class Generator:
 
         Only a prompt that the engine had in its hands twice when it died is held to be the cause.
         """
-        longest_s = self.settings.queue_wait_s
-        limit_s = time.monotonic() + (longest_s if deadline_s is None else min(longest_s, deadline_s))
+        begun_s, longest_s = time.monotonic(), self.settings.queue_wait_s
 
         def look_after_request(reason: str, message: str) -> None:
-            if time.monotonic() > limit_s:
+            waited_s = time.monotonic() - begun_s
+            if deadline_s is not None and waited_s > deadline_s:
+                raise Unavailable("deadline", f"the deadline is over: {message}", None)
+            if waited_s > longest_s:
                 raise Unavailable(reason, message, 5.0)
             if gone():
                 raise Unavailable("client_left", "the client has left", 1.0)

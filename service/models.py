@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self, TextIO
 
-from service.errors import FetchFailed, ModelRefused
+from service.errors import FetchFailed, FetchGaveUp, ModelRefused
 
 CATALOGUE = Path(__file__).with_name("models.json")
 STARTER_DIR = Path(__file__).with_name("starter")
@@ -282,7 +282,7 @@ def _fill(entry: Entry, part: _Part, show: TextIO, pause: Callable[[float], None
                 gained = part.size_bytes() - before
                 barren = 0 if gained * 1000 >= entry.size_bytes else barren + 1
                 if barren >= MAX_BARREN_TRIES:
-                    raise FetchFailed(
+                    raise FetchGaveUp(
                         f"{entry.name} could not be fetched: {cut}; {_gigabytes(part.size_bytes())} of "
                         f"{_gigabytes(entry.size_bytes)} are kept and the next try goes on from there"
                     ) from cut

@@ -27,7 +27,7 @@ _ERRORS: dict[int, tuple[str, tuple[str, ...]]] = {
     408: ("the body did not arrive in time", ("request-timeout",)),
     413: ("the body is too large", ("body-too-large",)),
     414: ("the request line is too long", ()),
-    415: ("the body is not declared as JSON", ("unsupported-media-type",)),
+    415: ("the body is not declared as JSON, or is compressed", ("unsupported-media-type",)),
     417: ("an expectation other than 100-continue", ()),
     422: ("a field is out of its bounds", ("out-of-bounds",)),
     429: (
@@ -56,7 +56,7 @@ _HEADERS: dict[str, Schema] = {
     },
     "Retry-After": {"description": "seconds to wait", "schema": {"type": "integer", "minimum": 1}},
     "X-Should-Retry": {
-        "description": "the deadline is over, or cannot be met: the same again would come too late",
+        "description": "the deadline is over, or cannot be met by waiting: the same again would come too late",
         "schema": {"const": "false"},
     },
     "RateLimit": {

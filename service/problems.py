@@ -117,7 +117,9 @@ def describe_error(error: Exception) -> Problem:
             return Problem(422, "out-of-bounds", detail, {"field": error.field, "bound": error.bound})
         case errors.Unavailable():
             kind = error.reason.replace("_", "-")
-            return Problem(503, kind, detail, {}, error.retry_after_s, too_late=kind == "deadline")
+            return Problem(
+                503, kind, detail, {}, error.retry_after_s, kind == "deadline" and error.retry_after_s is None
+            )
         case errors.Unauthenticated():
             return Problem(401, "unauthenticated", detail, {})
         case errors.Forbidden():

@@ -170,7 +170,8 @@ resource "hcloud_server" "node" {
 
   lifecycle {
     create_before_destroy = true
-    ignore_changes        = [name]
+    # Whose keys are let in is part of what makes a node another one (access, above), not the keys' numbers at the cloud.
+    ignore_changes       = [name, ssh_keys]
     replace_triggered_by  = [terraform_data.node]
   }
 

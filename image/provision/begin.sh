@@ -9,4 +9,10 @@ trust_extra_authority() {
     update-ca-certificates >/dev/null 2>&1
 }
 
+# Packages ask the presets which of their units to enable.
+enable_what_is_installed() {
+    rm -f /etc/systemd/system-preset/00-mini-llm.preset
+}
+
 trust_extra_authority
+enable_what_is_installed

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path.cwd()))
 
-from service.errors import ServiceError
+from service.errors import FetchGaveUp, ServiceError
 from service.models import fetch, open_verified, resolve
 
 
@@ -39,8 +39,15 @@ def place(model: str, name: str, folder: Path) -> None:
     print(f"{target}: {known['size_bytes']} bytes, SHA-256 {known['sha256']}")
 
 
-if __name__ == "__main__":
+def main(words: list[str]) -> int:
+    """Places it; 75 where it may work later: it was the hub, or the way to it."""
     try:
-        place(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+        place(words[0], words[1], Path(words[2]))
     except (ServiceError, OSError) as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        return 75 if isinstance(error, FetchGaveUp) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

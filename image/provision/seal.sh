@@ -48,6 +48,13 @@ mark_caches_fresh() {
     done
 }
 
+# At a first boot systemd enables what no preset names, and what Debian's name: a second manager of the network, say. What
+# starts on a node was chosen in the bake.
+enable_nothing_more() {
+    mkdir -p /etc/systemd/system-preset
+    echo 'disable *' > /etc/systemd/system-preset/00-mini-llm.preset
+}
+
 # What is free must be zero or unmapped, or the snapshot holds it; and all must be on the disk, for Hetzner copies it
 # while this server still goes down.
 give_blocks_back() {
@@ -61,5 +68,6 @@ forget_extra_authority
 forget_state
 forget_identity
 forget_logs
+enable_nothing_more
 mark_caches_fresh
 give_blocks_back

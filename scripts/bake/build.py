@@ -207,6 +207,9 @@ def _plan(bake: _Bake, snapshots: list[Snapshot]) -> tuple[Snapshot | None, list
     """The snapshot to start from, if there is one, and what Packer bakes on it: first and last layer of each run."""
     cuts = _cuts(bake.tree.model)
     newest = LAYERS.index(bake.wishes.again) if bake.wishes.again else len(LAYERS)
+    # One that was baked on a larger disk, for lack of room elsewhere, starts on no smaller one.
+    largest_gb = max(place.disk_gb for place in bake.places.bake)
+    snapshots = [each for each in snapshots if each.disk_gb <= largest_gb]
     start = None
     for layer in cuts[:-1]:
         if LAYERS.index(layer) < newest:
@@ -286,7 +289,8 @@ def _bake_layers(bake: _Bake) -> Snapshot:
 
 def _bake_segment(bake: _Bake, first: str, last: str, start: Snapshot | None) -> Snapshot:
     """Runs Packer until it has made a snapshot, again on what passes, elsewhere where there is no room."""
-    places, tried = list(bake.places.bake), Counter[str]()
+    places = [each for each in bake.places.bake if start is None or each.disk_gb >= start.disk_gb]
+    tried = Counter[str]()
     while True:
         for server in servers_of(bake.cloud, bake.run):  # its name must be free, whatever became of the one before
             bake.cloud.delete_server(server, bake.run.deadline_s)

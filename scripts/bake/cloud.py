@@ -42,6 +42,7 @@ _log = logging.getLogger(__name__)
 PASSING = {
     *("conflict", "locked", "rate_limit_exceeded", "bad_gateway", "timeout", "unavailable", "server_error"),
     *("service_error", "maintenance", 500, 502, 503, 504),
+    "resource_in_use",  # by a server that was just deleted, of which a firewall hears a little later
 }
 NO_ROOM = {"resource_unavailable", "placement_error"}
 _CALL_TIMEOUT_S = (10.0, 60.0)
@@ -116,6 +117,7 @@ class Cloud:
     def __init__(self, access: Access, patience_s: float = _PATIENCE_S):
         self.access = access
         self._patience_s, self._reached = patience_s, False
+        self.unanswered = False  # a server was asked for, and nobody has said what became of that
         # Its own limit of polls is too low for a snapshot of gigabytes, so actions are waited for here.
         self.client = Client(
             access.token, access.endpoint, application_name="mini-llm-bake", timeout=_CALL_TIMEOUT_S, poll_max_retries=0
@@ -333,7 +335,13 @@ class Cloud:
                 answered.extend((made.action, *made.next_actions))
                 return made.server
 
-            server = self.attempt(what, create, lambda: self.client.servers.get_by_name(name))
+            self.unanswered = True
+            try:
+                server = self.attempt(what, create, lambda: self.client.servers.get_by_name(name))
+            except (APIException, BakeError):
+                self.unanswered = False
+                raise
+            self.unanswered = False
             number = given(server.id)
             try:
                 self.wait(what, answered, end_s)

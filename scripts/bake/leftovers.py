@@ -21,6 +21,8 @@ from scripts.bake.snapshots import PRODUCT, Snapshot
 
 _log = logging.getLogger(__name__)
 _DELETE_PATIENCE_S = 900.0
+# Ctrl-C while a server was asked for: the cloud makes it all the same, a little later.
+_UNANSWERED_S, _LOOK_EVERY_S = 15.0, 1.0
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,9 @@ def servers_of(cloud: Cloud, run: Run) -> list[BoundServer]:
 def take_back(cloud: Cloud, run: Run) -> list[str]:
     """Removes a run's own servers and keys, and snapshots of it that did not become whole; problems as lines."""
     try:
+        end_s = time.monotonic() + (_UNANSWERED_S if cloud.unanswered else 0.0)
+        while not servers_of(cloud, run) and time.monotonic() < end_s:
+            time.sleep(_LOOK_EVERY_S)
         own = Leftovers(
             servers_of(cloud, run),
             [each for each in cloud.ssh_keys() if _run_of(each) == run.id],

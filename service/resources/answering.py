@@ -194,7 +194,7 @@ class _EventStream:
             if problem.status == 500:
                 self._log.write_failure(self._environ[accounts.REQUEST_ID], error)
             self._environ[accounts.FACTS]["error"] = problem.kind
-            yield self._sent(shape.failure(problem))
+            yield self._sent(_in_one_line(shape.failure(problem)))
 
     def _data(self, document: dict[str, Any]) -> bytes:
         return self._sent(b"data: " + _in_one_line(to_json(document)) + b"\n\n")

@@ -107,7 +107,7 @@ def test_the_files_are_formatted_and_valid(program: str, tmp_path: Path, cloud: 
             ({"dns_zone": "other.test"}, "The domain must be the dns_zone or a name in it"),
             ({"dns_zone": "m.test"}, "The domain must be the dns_zone or a name in it"),
             ({"dns_zone": "llm.test"}, "was not found"),
-            ({"existing_ssh_keys": ["laptop"]}, "no sshkey found with name 'laptop'"),
+            ({"existing_ssh_keys": ["laptop"]}, '(ssh key) was not found: name="laptop"'),
         ):
             wrong = Deployment(made.folder, cloud, program, {**made.values, **values}, made.authority)
             code, said = wrong.run("plan", "-input=false")

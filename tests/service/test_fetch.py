@@ -21,7 +21,7 @@ import pytest
 import requests
 
 from service import models
-from service.errors import FetchFailed, ModelRefused
+from service.errors import FetchFailed, FetchGaveUp, ModelRefused
 from service.models import Entry, fetch, open_verified
 
 pytestmark = pytest.mark.integration
@@ -194,7 +194,7 @@ def test_tries_are_bounded_and_the_part_is_kept(site: Site, tmp_path: Path) -> N
     """A server that only ever cuts is given up, and what was there before is still there."""
     start_part(tmp_path, CONTENT[:200_000], '"first"')
     site.cuts = [0] * 100
-    with pytest.raises(FetchFailed, match="the next try goes on from there"):
+    with pytest.raises(FetchGaveUp, match="the next try goes on from there"):
         fetch(site.entry(), tmp_path, io.StringIO(), pause=lambda wait_s: None)
     assert len(site.asked) == models.MAX_BARREN_TRIES
     assert (tmp_path / "small.gguf.part").read_bytes() == CONTENT[:200_000]

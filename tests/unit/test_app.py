@@ -251,7 +251,9 @@ def test_restart_that_outlasts_the_deadline_is_told(bench: Bench) -> None:
     bench.engine.state = EngineState("restarting", "the engine ended by SIGKILL")
     start_s = time.monotonic()
     refused = bench.post({"prompt": "say x"}, headers={"X-Deadline-S": "0.2"})
-    assert_problem(refused, 503, "loading")
+    document = assert_problem(refused, 503, "deadline")
+    assert document["detail"] == "the deadline is over: the engine ended by SIGKILL"
+    assert refused.headers["x-should-retry"] == "false"
     assert 0.15 < time.monotonic() - start_s < 3
     assert bench.scheduler.counts() == (0, 0)
 

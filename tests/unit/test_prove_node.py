@@ -150,6 +150,28 @@ def test_a_takeover_is_waited_for(stage: str, told: dict[str, Any], expected: st
     assert session.ended == (stage == "served" and told == {"state": "finished"})
 
 
+@pytest.mark.parametrize(
+    "generate",
+    [
+        fail(requests.exceptions.ReadTimeout()),
+        answer(503, {"type": "urn:mini-llm:problem:queue-full"}),
+        answer(503, {"type": "urn:mini-llm:problem:queue-timeout"}),
+    ],
+)
+@pytest.mark.parametrize("stage", ["gate", "served"])
+def test_who_has_clients_already_may_be_busy(stage: str, generate: Callable[[], requests.Response]) -> None:
+    """Before that it must have answered; then its queue is no reason to fail what went well."""
+    session = Session(READY, generate)
+    session.rollout = {"state": "first" if stage == "gate" else "finished"}
+    order = Order("192.0.2.1", "llm.example.org", "mllm_x", 1.0, True, stage)
+    if stage == "gate":
+        with pytest.raises(NotYet):
+            prove_once(session.as_session(), order)
+    else:
+        assert prove_once(session.as_session(), order).startswith("busy: ")
+        assert session.ended
+
+
 def test_a_certificate_that_was_taken_over_is_proved(monkeypatch: pytest.MonkeyPatch) -> None:
     """Though none is asked for where one is still to be ordered."""
     session, order = Session(READY, SAYS), Order("192.0.2.1", "llm.example.org", "mllm_x", 1.0, False)

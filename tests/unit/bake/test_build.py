@@ -2,18 +2,19 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from scripts.bake import build as build_module
-from scripts.bake.build import Wishes, _Bake, _bake, _find_version
+from scripts.bake.build import Wishes, _Bake, _bake, _find_version, _plan
 from scripts.bake.checks import Checked, Proof
 from scripts.bake.cloud import Cloud
 from scripts.bake.console import Console
 from scripts.bake.errors import ChecksFailed, Refused
 from scripts.bake.inputs import Model, Tree
-from scripts.bake.preflight import Places
+from scripts.bake.preflight import Place, Places
 from scripts.bake.runs import new_run
 from scripts.bake.snapshots import LAYERS, Snapshot
 
@@ -70,3 +71,14 @@ def test_a_version_that_nobody_asked_for_is_free(make_snapshot: Callable[..., Sn
     assert _find_version(Wishes(state, version="2"), tree, taken) == "2"
     with pytest.raises(Refused, match=f"image {taken[0].id} is called 1 already"):
         _find_version(Wishes(state, version="1"), tree, taken)
+
+
+def test_a_layer_of_a_larger_disk_is_not_started_from(make_snapshot: Callable[..., Snapshot], state: Path) -> None:
+    """It was baked where there was room; on a smaller server no bake could ever begin with it."""
+    tree = Tree(state, "none", [], {}, Model("starter", "", 1, 2), dict.fromkeys(LAYERS, "0a1b2c3d" * 5))
+    layer = make_snapshot(layer="stack", version="", input=tree.digests["stack"])
+    assert layer.disk_gb == 40
+    for disk_gb, segments in ((40, [("service", "service")]), (39, [("model", "stack"), ("service", "service")])):
+        places = Places([Place("cx23", "fsn1", 20, 0.01), Place("cx23", "nbg1", disk_gb, 0.01)], [])
+        bake = SimpleNamespace(wishes=Wishes(state), tree=tree, places=places)
+        assert _plan(cast(Any, bake), [layer])[1] == segments

@@ -91,6 +91,27 @@ def test_a_run_takes_back_its_own(cloud: Cloud, local: LocalCloud, state: Path, 
         assert [each.name for each in cloud.ssh_keys()] == ["packer-5f"]
 
 
+def test_a_server_that_was_asked_for_is_waited_for(
+    cloud: Cloud, local: LocalCloud, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C leaves the call, not what it asks for; and where none was asked for nobody waits."""
+    with new_run(state) as run:
+        slept: list[float] = []
+
+        def sleep(seconds: float) -> None:
+            slept.append(seconds)
+            if len(slept) == 2:
+                local.make_server(run.probe_name)
+
+        monkeypatch.setattr(leftovers.time, "sleep", sleep)
+        assert take_back(cloud, run) == []
+        assert slept == []
+        cloud.unanswered = True
+        assert take_back(cloud, run) == []
+        assert slept[:2] == [1.0, 1.0]
+        assert run.probe_name not in {each.name for each in cloud.servers()}
+
+
 def test_what_cannot_be_removed_is_told(
     cloud: Cloud, local: LocalCloud, state: Path, dead: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

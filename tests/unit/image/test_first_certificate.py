@@ -122,7 +122,7 @@ def authority(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 def ordered(traefik: Path) -> tuple[dict[str, Any], list[dict[str, Any]] | None]:
     """What lies in Traefik's store afterwards: account, certificates."""
     store = traefik / "acme.json"
-    first_certificate.main(traefik, store, traefik / "addresses")
+    first_certificate.main(traefik, store)
     assert store.stat().st_mode & 0o777 == 0o600
     assert not (traefik / "acme.unfinished").exists()
     resolver = json.loads(store.read_text())["acme"]
@@ -131,7 +131,7 @@ def ordered(traefik: Path) -> tuple[dict[str, Any], list[dict[str, Any]] | None]
 
 def test_nothing_is_ordered_before_the_addresses_lead_here(traefik: Path, authority: SimpleNamespace) -> None:
     """An authority that asks there would find nobody, and Traefik wait for that."""
-    (traefik / "addresses").write_text("203.0.113.5\n")
+    (traefik / "arrival").write_text("told\n")
     account, certificates = ordered(traefik)
     assert account["Registration"]["uri"] == f"https://{HOST}/account/7"
     assert certificates is None

@@ -49,6 +49,15 @@ def test_without_a_password_there_is_no_monitoring_to_reach() -> None:
     assert stack.traefik_files(FACTS)["ordered"] == "llm.example.org\nmonitoring.llm.example.org\n"
 
 
+def test_whether_the_addresses_lead_here_already_is_told() -> None:
+    """To who orders certificates: elsewhere an order would fail until they do, and only a takeover says when that is."""
+    plain = {name: value for name, value in FACTS.items() if name not in ("addresses", "handover")}
+    floating = {**plain, "addresses": {"ipv4": "203.0.113.5"}}
+    assert "arrival" not in stack.traefik_files(plain)
+    assert stack.traefik_files(floating)["arrival"] == "untold\n"
+    assert stack.traefik_files({**floating, "handover": {}})["arrival"] == "told\n"
+
+
 def test_a_rollout_asks_past_the_service() -> None:
     """Where a key was given for it, before all that the service answers; nowhere else."""
     told = routes({**FACTS, "proof": {"sha256": "0" * 64, "expires": "2027-01-31T12:00:00Z"}})

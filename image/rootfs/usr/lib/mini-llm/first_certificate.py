@@ -1,11 +1,11 @@
 """Owns the first order of this node's certificate, which is made while Docker still starts.
 
-``python3 first_certificate.py TRAEFIK STORE ADDRESSES`` orders one for the first name in ``TRAEFIK/ordered``, by
-HTTP-01 (RFC 8555), and writes Traefik's store, so that Traefik finds account and certificate at its start and looks
-after them from then on. Its own client would come later, spend seconds of a processor on the account's key, and look
-for the authority's answer every five seconds only. Without a certificate the store has the account alone: then Traefik
-orders, as it does for all further names, for TLS-ALPN-01, and for each renewal. So it is on a node with a file
-ADDRESSES: those lead here only once it serves; an order before that takes all its time, and fails.
+``python3 first_certificate.py TRAEFIK STORE`` orders one for the first name in ``TRAEFIK/ordered``, by HTTP-01
+(RFC 8555), and writes Traefik's store, so that Traefik finds account and certificate at its start and looks after them
+from then on. Its own client would come later, spend seconds of a processor on the account's key, and look for the
+authority's answer every five seconds only. Without a certificate the store has the account alone: then Traefik orders,
+as it does for all further names, for TLS-ALPN-01, and for each renewal. So it is where ``TRAEFIK/arrival`` says that
+addresses lead here only once the node serves: an order before that takes all its time, and fails.
 """
 
 import base64
@@ -291,10 +291,10 @@ def fill_store(settings: Settings, store: Path, folder: Path, led_here: bool = T
     write_store(store, settings.resolver, kept, certificates)
 
 
-def main(traefik: Path, store: Path, addresses: Path) -> None:
+def main(traefik: Path, store: Path) -> None:
     """Leaves a store with an account, and with a certificate if there is one."""
     with tempfile.TemporaryDirectory() as folder:
-        fill_store(read_settings(traefik), store, Path(folder), led_here=not addresses.exists())
+        fill_store(read_settings(traefik), store, Path(folder), led_here=not (traefik / "arrival").exists())
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Owns the patience with the certificate's order: Traefik orders once, when its configuration changes, and never again.
 
 ``python3 order_certificate.py TRAEFIK ACME_JSON ARRIVED NOTE METRICS`` looks whether the certificates of the names in
-``TRAEFIK/ordered`` are there, changes something in Traefik's configuration if one is not, ever more rarely and once as
-the file ARRIVED says that the addresses lead here now, and ends with 0 once all are. Into the file NOTE goes when the
-first of them, the domain's own, was there; into METRICS, for Prometheus, which are there.
+``TRAEFIK/ordered`` are there, changes something in Traefik's configuration if one is not, ever more rarely, and ends
+with 0 once all are. Where ``TRAEFIK/arrival`` says that the file ARRIVED will tell when the addresses lead here, it
+begins with that. Into the file NOTE goes when the first of the certificates, the domain's own, was there; into METRICS,
+for Prometheus, which are there.
 """
 
 import json
@@ -12,13 +13,14 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
-from itertools import chain, count, repeat
+from itertools import chain, repeat
 from pathlib import Path
 
 _LARGEST_STORE_BYTES = 4 << 20
 # Let's Encrypt lets five orders of a name fail, and one more every twelve minutes (letsencrypt.org/docs/rate-limits).
-# Two may have failed when the first pause begins: the one before Traefik's start (first_certificate.py), and Traefik's.
-_PAUSES_S = (30, 60, 300, 900)
+# Two may have failed when the first pause begins: the one before Traefik's start (first_certificate.py) or as the
+# addresses arrive, and Traefik's, which may be waited for even then: as long as it is, no other of the name is begun.
+_PAUSES_S = (15, 60, 300, 900)
 _LOOK_EVERY_S = 1
 
 
@@ -99,28 +101,36 @@ def main(
         _note(note)
         return 0
     names = ordered.read_text().split()
-    missing, written, led_here = list(names), None, arrived.exists()
+    missing, written = list(names), None
+    awaited = _is_told_of_arrival(traefik) and not arrived.exists()
     pauses = pauses_s()
-    for number in count(1):
-        for _ in range(next(pauses)):
-            for name in [name for name in missing if is_there(acme, name)]:
-                print(f"the certificate of {name} is there")
-                missing.remove(name)
-                if name == names[0]:
-                    _note(note)
-            if missing != written:
-                _write_whole(metrics, render_metrics(names, missing))
-                written = list(missing)
-            if not missing:
-                return 0
-            if not led_here and arrived.exists():
-                led_here, pauses = True, pauses_s()  # no order before this could succeed
-                break
-            wait(_LOOK_EVERY_S)
-        told = ", ".join(missing)
-        print(f"no certificate of {told} yet; ordering again (Traefik's log says why the last order failed)")
-        order_again(traefik, number)
-    return 1
+    number, rest_s = 0, next(pauses)
+    while True:
+        for name in [name for name in missing if is_there(acme, name)]:
+            print(f"the certificate of {name} is there")
+            missing.remove(name)
+            if name == names[0]:
+                _note(note)
+        if missing != written:
+            _write_whole(metrics, render_metrics(names, missing))
+            written = list(missing)
+        if not missing:
+            return 0
+        if awaited and arrived.exists():
+            awaited, pauses, rest_s = False, pauses_s(), 0  # no order before this could succeed
+        if rest_s == 0:
+            told = ", ".join(missing)
+            print(f"no certificate of {told} yet; ordering again (Traefik's log says why the last order failed)")
+            number += 1
+            order_again(traefik, number)
+            rest_s = next(pauses)
+        wait(_LOOK_EVERY_S)
+        rest_s -= 0 if awaited else _LOOK_EVERY_S
+
+
+def _is_told_of_arrival(traefik: Path) -> bool:
+    arrival = traefik / "arrival"
+    return arrival.exists() and arrival.read_text().strip() == "told"
 
 
 if __name__ == "__main__":

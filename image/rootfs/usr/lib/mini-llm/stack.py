@@ -92,6 +92,9 @@ def traefik_files(facts: dict[str, Any] | None) -> dict[str, str]:
         # For who looks after the orders, a name a line.
         texts["ordered"] = "".join(f"{name}\n" for name in (facts["domain"], monitoring_host(facts)) if name)
         texts |= {"acme-authority.pem": facts["acme"]["authority"]} if "authority" in facts["acme"] else {}
+        if "addresses" in facts:
+            # They lead here later; whoever takes over from other nodes tells when.
+            texts["arrival"] = "told\n" if "handover" in facts else "untold\n"
     if facts and "certificate" in facts:
         texts |= {"certificate.pem": facts["certificate"]["chain"], "certificate.key": facts["certificate"]["key"]}
     return texts
