@@ -172,7 +172,7 @@ resource "hcloud_server" "node" {
     create_before_destroy = true
     # Whose keys are let in is part of what makes a node another one (access, above), not the keys' numbers at the cloud.
     ignore_changes       = [name, ssh_keys]
-    replace_triggered_by  = [terraform_data.node]
+    replace_triggered_by = [terraform_data.node]
   }
 
   depends_on = [hcloud_network_subnet.nodes]

@@ -50,7 +50,7 @@ def test_without_a_password_there_is_no_monitoring_to_reach() -> None:
 
 
 def test_whether_the_addresses_lead_here_already_is_told() -> None:
-    """To who orders certificates: elsewhere an order would fail until they do, and only a takeover says when that is."""
+    """To who orders certificates: elsewhere an order would fail until they do, and only a takeover says when."""
     plain = {name: value for name, value in FACTS.items() if name not in ("addresses", "handover")}
     floating = {**plain, "addresses": {"ipv4": "203.0.113.5"}}
     assert "arrival" not in stack.traefik_files(plain)
