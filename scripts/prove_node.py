@@ -27,7 +27,7 @@ except ModuleNotFoundError as error:
     sys.exit(f"error: Python has no module {error.name}; run `make bake`, or name another one: -var python=…")
 
 _REQUEST_TIMEOUT_S = (5.0, 120.0)  # a generation of some tokens by a large model
-_BUSY = {f"urn:mini-llm:problem:{kind}" for kind in ("queue-full", "queue-timeout")}
+_BUSY = ("urn:mini-llm:problem:queue-full", "urn:mini-llm:problem:queue-timeout")
 _PAUSE_S = 1.0
 _SAID_EVERY_S = 15.0
 _QUESTION: dict[str, Any] = {"prompt": "Name three colours.", "max_tokens": 8, "temperature": 0}
@@ -137,7 +137,7 @@ def ask_once(session: requests.Session, order: Order) -> str:
                 "make another node: terraform apply -replace=terraform_data.node"
             )
         if answer.status_code != 200:
-            kind = Busy if answer.status_code == 503 and answer.json().get("type") in _BUSY else NotYet
+            kind = Busy if answer.status_code == 503 and any(busy in answer.text for busy in _BUSY) else NotYet
             raise kind(f"POST /generate says {answer.status_code}: {answer.text[:500]}")
         response = str(answer.json()["response"])
     except requests.exceptions.ReadTimeout as error:

@@ -96,6 +96,7 @@ def test_a_generation_is_the_proof() -> None:
         (answer(502, []), SAYS, NotYet, "something else than mini-llm"),
         (READY, answer(401, {}), Never, "-replace=terraform_data.node"),
         (READY, answer(503, {"detail": "busy"}), NotYet, "POST /generate says 503"),
+        (READY, answer(503, "no available server"), NotYet, "POST /generate says 503: no available server"),
         (READY, answer(200, {"answer": "x"}), NotYet, "something else than mini-llm"),
         (READY, answer(200, {"response": " "}), Never, "its model says nothing"),
     ],

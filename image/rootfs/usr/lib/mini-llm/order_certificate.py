@@ -2,8 +2,8 @@
 
 ``python3 order_certificate.py TRAEFIK ACME_JSON ARRIVED NOTE METRICS`` looks whether the certificates of the names in
 ``TRAEFIK/ordered`` are there, changes something in Traefik's configuration if one is not, ever more rarely, and ends
-with 0 once all are. Where ``TRAEFIK/arrival`` says that the file ARRIVED will tell when the addresses lead here, it
-begins with that. Into the file NOTE goes when the first of the certificates, the domain's own, was there; into METRICS,
+with 0 once all are. Where ``TRAEFIK/arrival`` says that the file ARRIVED will tell when the addresses lead here, that
+begins with it. Into the file NOTE goes when the first of the certificates, the domain's own, was there; into METRICS,
 for Prometheus, which are there.
 """
 
@@ -103,7 +103,8 @@ def main(
     names = ordered.read_text().split()
     missing, written = list(names), None
     awaited = _is_told_of_arrival(traefik) and not arrived.exists()
-    pauses = pauses_s()
+    # Seldom before, for a takeover that has failed never tells, and somebody may lead the addresses here all the same.
+    pauses = repeat(_PAUSES_S[-1]) if awaited else pauses_s()
     number, rest_s = 0, next(pauses)
     while True:
         for name in [name for name in missing if is_there(acme, name)]:
@@ -125,7 +126,7 @@ def main(
             order_again(traefik, number)
             rest_s = next(pauses)
         wait(_LOOK_EVERY_S)
-        rest_s -= 0 if awaited else _LOOK_EVERY_S
+        rest_s -= _LOOK_EVERY_S
 
 
 def _is_told_of_arrival(traefik: Path) -> bool:
