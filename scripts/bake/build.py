@@ -144,11 +144,11 @@ def started_run(cloud: Cloud, state: Path, console: Console) -> Iterator[Run]:
 
 
 def _find_finished(snapshots: list[Snapshot], tree: Tree, layer: str) -> Snapshot | None:
-    """The newest whole snapshot of just these inputs."""
+    """The newest whole snapshot of just these inputs, of those that start on the smallest disk."""
     found = [
         each for each in snapshots if each.layer == layer and each.input == tree.digests[layer] and each.is_finished
     ]
-    return max(found, key=lambda each: each.id, default=None)
+    return max(found, key=lambda each: (-each.disk_gb, each.id), default=None)
 
 
 def _prepare(wishes: Wishes, tree: Tree, cloud: Cloud, state: Path, console: Console, run: Run) -> _Bake:

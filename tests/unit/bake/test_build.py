@@ -1,6 +1,7 @@
 """The way from a candidate to a verified image, where others are at work beside."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -8,7 +9,7 @@ from typing import Any, cast
 import pytest
 
 from scripts.bake import build as build_module
-from scripts.bake.build import Wishes, _Bake, _bake, _find_version, _plan
+from scripts.bake.build import Wishes, _Bake, _bake, _find_finished, _find_version, _plan
 from scripts.bake.checks import Checked, Proof
 from scripts.bake.cloud import Cloud
 from scripts.bake.console import Console
@@ -82,3 +83,6 @@ def test_a_layer_of_a_larger_disk_is_not_started_from(make_snapshot: Callable[..
         places = Places([Place("cx23", "fsn1", 20, 0.01), Place("cx23", "nbg1", disk_gb, 0.01)], [])
         bake = SimpleNamespace(wishes=Wishes(state), tree=tree, places=places)
         assert _plan(cast(Any, bake), [layer])[1] == segments
+    newer = replace(layer, id=layer.id + 1, disk_gb=80)
+    assert _find_finished([layer, newer], tree, "stack") == layer
+    assert _find_finished([layer, replace(newer, disk_gb=40)], tree, "stack") != layer
