@@ -48,6 +48,7 @@ NO_ROOM = {"resource_unavailable", "placement_error"}
 _CALL_TIMEOUT_S = (10.0, 60.0)
 _PATIENCE_S = 300.0  # for one call that fails again and again
 LOCKED_PATIENCE_S = 3600.0  # for a thing that an action works on, which may be the copy of a large disk
+_IN_USE_PATIENCE_S = 60.0  # for a thing that something else holds, which may stay so
 _FIRST_PATIENCE_S = 15.0  # as long as nothing was ever heard of this cloud: its address may be wrong
 _SILENCE_S = 5.0  # after which a person is told what is being waited for
 _FIRST_LOOK_S, _LONGEST_LOOK_S = 0.2, 3.0  # at an action; the API allows one request a second in the long run
@@ -148,7 +149,11 @@ class Cloud:
                     and (made := self._look(what, found)) is not None
                 ):
                     return made
-                given_s = begin_s + max(LOCKED_PATIENCE_S, self._patience_s) if error.code == "locked" else end_s
+                given_s = end_s
+                if error.code == "locked":
+                    given_s = begin_s + max(LOCKED_PATIENCE_S, self._patience_s)
+                elif error.code == "resource_in_use":
+                    given_s = min(end_s, begin_s + _IN_USE_PATIENCE_S)
                 if error.code not in PASSING or time.monotonic() > given_s:
                     if error.code in {"not_found", "invalid_input", "uniqueness_error", *NO_ROOM}:
                         raise

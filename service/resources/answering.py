@@ -164,9 +164,8 @@ class _EventStream:
     def close(self) -> None:
         generation = self._generation
         if not generation.ended and not generation.closed:
-            generation.account.cancelled_by = (
-                generation.account.cancelled_by or "client"
-            )  # whom nothing reaches any more
+            # Nothing reaches the client any more.
+            generation.account.cancelled_by = generation.account.cancelled_by or "client"
         generation.close()
         _tell_facts(self._environ, generation)
 

@@ -334,10 +334,14 @@ def test_what_is_open_and_who_may_log_in(served: Node) -> None:
 
 
 def test_who_manages_the_network_leaves_a_rollout_alone(served: Node) -> None:
-    """The tunnel's rules and routes are in none of its files."""
+    """The tunnel's rules and routes are in none of its files; without a word of ours it would take them away."""
     begin = "ip rule add from 192.0.2.9 lookup 107 priority 20000; ip route add 192.0.2.9 dev lo table 107"
-    look, end = "ip rule; ip route show table 107", "ip rule delete priority 20000; ip route flush table 107"
-    told = served.run(f"{begin}; systemctl restart systemd-networkd; sleep 2; {look}; {end}")
+    end = "{ ip rule delete priority 20000; ip route flush table 107; } 2>/dev/null"
+    look = f"{begin}; systemctl restart systemd-networkd; sleep 2; ip rule; ip route show table 107; {end}"
+    said, aside = "/etc/systemd/networkd.conf.d/mini-llm.conf", "/run/networkd.conf"
+    unsaid = served.run(f"mv {said} {aside}; {look}; mv {aside} {said}; systemctl restart systemd-networkd")
+    assert "from 192.0.2.9 lookup 107" not in unsaid
+    told = served.run(f"{look}; true")
     assert "from 192.0.2.9 lookup 107" in told
     assert "192.0.2.9 dev lo" in told
 

@@ -286,10 +286,10 @@ def test_with_an_ordered_certificate(cloud: LocalCloud, image: BoundImage, progr
 
     Who may log in has a key at the project already, which is left there.
     """
-    key = make_key(tmp_path)
-    laptop = cloud.client().ssh_keys.create("laptop", key.with_suffix(".pub").read_text())
+    key, keys = make_key(tmp_path), cloud.client().ssh_keys
+    keys.create("laptop", key.with_suffix(".pub").read_text())
     with ExitStack() as after, reachable_acme_server(cloud, tmp_path) as (server, acme):
-        after.callback(laptop.delete)  # fails where the deployment took it along
+        after.callback(lambda: given(keys.get_by_name("laptop")).delete())  # fails where the deployment took it along
         root = tmp_path / "root.pem"
         server.write_root(root)
         values = {"image_id": image.id, "acme": acme, "existing_ssh_keys": ["laptop"]}
@@ -297,7 +297,17 @@ def test_with_an_ordered_certificate(cloud: LocalCloud, image: BoundImage, progr
             address = apply_with_names(made, server)
             assert made.generate(address, KEYS["alice"]) == 200
             assert made.changes() == ""
-            assert ssh(key, made.outputs()["node"]["ipv4"], "id -un").strip() == "root"
+            told = made.outputs()
+            assert ssh(key, told["node"]["ipv4"], "id -un").strip() == "root"
+            # Others are asked under the node's own address, not under the one that may lead elsewhere.
+            asked = ssh(key, told["node"]["ipv4"], "ip -6 route get 2001:db8::1; ip -6 address show scope global")
+            assert told["ipv6_address"] in asked
+            assert " src " in asked
+            assert f"src {told['ipv6_address']}" not in asked
+            # The same key under another number makes no other node.
+            assert given(keys.get_by_name("laptop")).delete()
+            keys.create("laptop", key.with_suffix(".pub").read_text())
+            assert made.changes() == ""
 
 
 def test_the_example_as_it_is(cloud: LocalCloud, image: BoundImage, program: str, tmp_path: Path) -> None:

@@ -48,3 +48,9 @@ def test_a_node_that_tells_nonsense_fails_and_breaks_nothing(told: Any) -> None:
     proof = prove(_Node(told=told).as_probe(), model, checks.Path(), "1", 0.0, lambda name: None)
     assert {each.split(":")[0] for each in proof.problems} >= {"ready", "audit"}
     assert (proof.node is None) is not isinstance(told, dict)  # the report is made from it
+
+
+def test_a_large_model_has_time_to_be_read_and_to_answer() -> None:
+    """At 100 MB/s from a fresh disk, and three times slower than 8B answered on two cores, which was 2 s a GB."""
+    small, large = (checks.boot_patience_s(Model("m", "", size, 2)) for size in (1, 4_660_000_000))
+    assert 46.6 + 3 * 2 * 4.66 <= large - small < 90

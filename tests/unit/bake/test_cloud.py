@@ -9,7 +9,7 @@ import requests
 
 from scripts.bake.answers import given
 from scripts.bake.cloud import Access, Cloud, find_access
-from scripts.bake.errors import CloudFailed, ImageGone, Refused, Unavailable
+from scripts.bake.errors import CloudFailed, ImageGone, Interrupted, Refused, Unavailable
 from scripts.bake.snapshots import Snapshot
 from tests.unit.bake.conftest import InProcess, as_response
 from tests.unit.local_cloud.conftest import PUBLIC_KEY
@@ -52,6 +52,7 @@ def lose(way: InProcess) -> Fault:
         (502, "bad_gateway"),
         (503, "unavailable"),
         (504, "timeout"),
+        (422, "resource_in_use"),
     ],
 )
 def test_what_passes_is_tried_again(cloud: Cloud, way: InProcess, status: int, code: str) -> None:
@@ -156,6 +157,26 @@ def test_a_server_whose_answer_was_lost_is_waited_for(cloud: Cloud, image: int, 
     way.faults = [None, lose(way)]
     assert create(cloud, image).endswith("running")
     assert len(cloud.servers()) == 2  # and the one that the image is from
+
+
+def test_whether_a_server_was_asked_for_in_vain_is_known(cloud: Cloud, image: int, way: InProcess) -> None:
+    """After Ctrl-C the cloud may still make it; a refusal and an answer say that it does not, or that it has."""
+
+    def interrupt(request: requests.PreparedRequest) -> None:
+        assert request.method == "POST"
+        raise Interrupted("Ctrl-C")
+
+    way.faults = [None, interrupt]
+    with pytest.raises(Interrupted):
+        create(cloud, image)
+    assert cloud.unanswered
+    key = given(cloud.client.ssh_keys.get_by_name("key"))
+    way.faults = [refuse(403, "resource_limit_exceeded")]
+    with pytest.raises(CloudFailed):
+        cloud.create_server("probe", image, [("cx23", "fsn1")], key, "", LABELS, END_S)
+    assert not cloud.unanswered
+    cloud.create_server("probe", image, [("cx23", "fsn1")], key, "", LABELS, END_S)
+    assert not cloud.unanswered
 
 
 def test_where_there_is_no_room_the_next_place_is_tried(cloud: Cloud, image: int, way: InProcess) -> None:
