@@ -265,8 +265,11 @@ def write_store(store: Path, resolver: str, account: dict[str, Any], certificate
     unfinished.replace(store)
 
 
-def fill_store(settings: Settings, store: Path, folder: Path, led_here: bool = True) -> None:
-    """With the account at once, with a certificate if it can be had now. Raises OSError, SubprocessError."""
+def fill_store(settings: Settings, store: Path, folder: Path, led_here: bool) -> None:
+    """With the account at once, with a certificate if the name leads here and it can be had now.
+
+    Raises OSError, SubprocessError.
+    """
     account = Account(folder)
     body = "".join(line for line in account.path.read_text().splitlines() if not line.startswith("-----"))
     kept: dict[str, Any] = {
