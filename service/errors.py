@@ -78,11 +78,15 @@ class MediaTypeUnsupported(ServiceError):
 
 
 class ContextExceeded(ServiceError):
-    """Prompt and requested tokens do not fit the context (400); all figures are tokens, counted exactly."""
+    """Prompt and requested tokens do not fit the context (400).
+
+    All figures are tokens, counted exactly; a prompt that alone is too long may have more than ``prompt_tokens``.
+    """
 
     def __init__(self, prompt_tokens: int, max_tokens: int, context_length: int):
+        least = "at least " if prompt_tokens > context_length else ""
         super().__init__(
-            f"the prompt has {prompt_tokens} tokens and max_tokens asks for {max_tokens} more, "
+            f"the prompt has {least}{prompt_tokens} tokens and max_tokens asks for {max_tokens} more, "
             f"but the context holds {context_length} tokens"
         )
         self.prompt_tokens = prompt_tokens

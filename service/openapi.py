@@ -17,7 +17,8 @@ _JSON, _EVENTS = "application/json", "text/event-stream"
 # Each status with what it means and the kinds of problems that have it.
 _ERRORS: dict[int, tuple[str, tuple[str, ...]]] = {
     400: (
-        "malformed, unsupported, or refused by the engine: it does not fit the context (with exact counts), the chat "
+        "malformed, unsupported, or refused by the engine: it does not fit the context (with counts, exact but "
+        "where the prompt alone is too long: then at least so many), the chat "
         "template has no place for it, or the text goes on too long without a break",
         ("malformed", "unsupported-field", "context-exceeded"),
     ),

@@ -15,6 +15,7 @@ The traps (gpt4all 2.8.2; its source is gpt4all-backend/llmodel_shared.cpp and l
 - Pieces may end inside a UTF-8 character: decoded incrementally here, invalid bytes become U+FFFD.
 - Some stop strings are built in ("### Human" and the like) and cannot be switched off: such an answer ends with "stop".
 - An unbroken run of some 25,000 letters overflows the stack of a usual thread with Qwen's vocabulary: runs are bounded.
+- A megabyte takes some vocabularies seconds to cut, DeepSeek's minutes: what cannot fit is told after its first pieces.
 - NUL ends a prompt early, a lone surrogate hangs the library: both are refused before (``schema``), and again here.
 - Two threads in one instance abort the process: there is one slot.
 """
@@ -50,9 +51,18 @@ _RESERVED_TOKENS = 8
 _LARGEST_BATCH_TOKENS = 64
 _SMALLEST_BATCH_TOKENS = 4
 _REPEAT_LAST_N = 64
-# The tokenizer takes stack (some vocabularies) or time (others) for each character of an unbroken run.
+# The tokenizer takes stack (some vocabularies) or time (others) for each character of an unbroken run. What runs on
+# differs (letters alone; all but letters, digits and spaces; all but spaces and some signs: llama-vocab.cpp), and goes
+# by tables of Unicode that are not Python's. So a space of ASCII alone is sure to end a run, and a run of spaces holds
+# what anybody takes for them. 10,000 in a row take DeepSeek's first vocabulary 2 s, four times that for twice as many.
 _LONGEST_RUN = 50_000
-_RUN = re.compile(r"\w+|\s+|[^\w\s]+")
+_LONGEST_SPACE = 10_000
+_RUN = re.compile(r"[^ \t\n\v\f\r]+|(\s+)")
+# Cut where the vocabularies cut too, before a space, a text has the tokens of its pieces but for a few.
+_PIECE_CHARACTERS = 8192
+_PIECE = re.compile(rf"(?s).{{1,{_PIECE_CHARACTERS}}}\S*")
+# Of processor time; an ordinary megabyte takes 0.2 to 1 s.
+_LONGEST_COUNT_S = 6.0
 _PLACEHOLDER = re.compile(r"%[12](?![0-9])")
 _UNPARSED = re.compile("[\x00\ud800-\udfff]")
 # Attributes of a token: llama.cpp's enum llama_token_attr (unknown, control, user-defined).
@@ -72,7 +82,9 @@ def batch_tokens(weights_bytes: int, threads: int) -> int:
 
 
 def _has_long_run(text: str) -> bool:
-    return any(run.end() - run.start() > _LONGEST_RUN for run in _RUN.finditer(text))
+    return any(
+        run.end() - run.start() > (_LONGEST_RUN if run[1] is None else _LONGEST_SPACE) for run in _RUN.finditer(text)
+    )
 
 
 class _ModelParams(ctypes.Structure):
@@ -124,18 +136,42 @@ class _Tokenizer:
         if not self._vocabulary:
             raise ModelRefused("the engine cannot read the model's vocabulary")
 
-    def count(self, turns: Sequence[Turn]) -> int:
-        """Tokens of a conversation, cut where the engine cuts it (``LLamaModel::tokenize``)."""
+    def count(self, turns: Sequence[Turn], context_length: int) -> int:
+        """Tokens of a conversation, cut where the engine cuts it (``LLamaModel::tokenize``).
+
+        Exact wherever it fits the context; of one that is far too long it is context_length + 1, without looking at the
+        rest. Raises RequestMalformed for a text that cannot be cut in time.
+        """
+        too_many = context_length + context_length // 8 + 64
+        ends_s = time.thread_time() + _LONGEST_COUNT_S
         count, last = 0, -1
         for turn in turns:
             segments = [(turn.prefix, True), (turn.text, False), (turn.suffix, True)]
             for index, (text, parse_special) in enumerate(segments):
                 if not text and index != 1:
                     continue  # the engine leaves out empty marks, but not an empty text
+                if count + self._count_pieces(text, too_many - count, ends_s) > too_many:
+                    return context_length + 1
                 at_start = last == -1
                 tokens = self._tokenize(text, at_start, parse_special, at_start or self._is_special(last))
                 count += len(tokens)
                 last = tokens[-1] if tokens else last
+        return count
+
+    def _count_pieces(self, text: str, enough: int, ends_s: float) -> int:
+        """About the tokens of a long text, 0 of a short one; looks no further once there are more than ``enough``.
+
+        Raises RequestMalformed once this thread's processor time is past ``ends_s``.
+        """
+        count = 0
+        for piece in _PIECE.finditer(text) if len(text) > _PIECE_CHARACTERS else ():
+            count += len(self._tokenize(piece[0], False, False, False))
+            if count > enough:
+                return count
+            if time.thread_time() > ends_s:
+                break
+        if time.thread_time() > ends_s:
+            raise RequestMalformed("the text takes this model's tokenizer too long: it has too many spaces in a row")
         return count
 
     def _is_special(self, token: int) -> bool:
@@ -220,7 +256,7 @@ class Gpt4AllEngine:
         return self._description
 
     def count_tokens(self, messages: Sequence[Message]) -> int:
-        return self._tokenizer.count(self._turns(messages))
+        return self._tokenizer.count(self._turns(messages), self._description.context_length)
 
     def generate(
         self,
@@ -230,7 +266,7 @@ class Gpt4AllEngine:
         cancelled: Callable[[], bool],
     ) -> Completion:
         turns = self._turns(request.messages, request.told_time)
-        prompt_tokens = self._tokenizer.count(turns)
+        prompt_tokens = self._tokenizer.count(turns, self._description.context_length)
         if prompt_tokens + request.max_tokens > self._description.context_length:
             raise EngineFailed("the request does not fit the context; it should have been refused before")
         return _Generation(self, request, turns, prompt_tokens, on_piece, on_prefill, cancelled).run()
@@ -243,10 +279,10 @@ class Gpt4AllEngine:
         for message in messages:
             if _UNPARSED.search(message.content):
                 raise RequestMalformed("the text holds NUL or a lone surrogate, which the engine cannot take")
-            if len(message.content) > _LONGEST_RUN and _has_long_run(message.content):
+            if len(message.content) > _LONGEST_SPACE and _has_long_run(message.content):
                 raise RequestMalformed(
-                    f"the text holds a run of more than {_LONGEST_RUN} letters, spaces or signs without a break, "
-                    "which the engine cannot take"
+                    f"the text holds more than {_LONGEST_RUN} characters without a space or a line break, or more than "
+                    f"{_LONGEST_SPACE} of those in a row, which the engine cannot take"
                 )
         turns = self._chat.turns(messages, told_time)
         if any(_PLACEHOLDER.search(turn.prefix + turn.suffix) for turn in turns):

@@ -111,9 +111,11 @@ class Engine(Protocol):
     def describe(self) -> Description: ...
 
     def count_tokens(self, messages: Sequence[Message]) -> int:
-        """Exact number of prompt tokens, control tokens and BOS included, told without evaluation.
+        """Number of prompt tokens, control tokens and BOS included, told without evaluation.
 
-        Raises RequestMalformed if the model's chat template has no place for these messages.
+        Exact where they fit the context; of a prompt that does not, it may be any number above the context's length
+        that is not too large. Raises RequestMalformed if the model's chat template has no place for these messages, or
+        the library cannot take their text.
         """
         ...
 

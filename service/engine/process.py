@@ -189,11 +189,14 @@ class EngineProcess:
             self._changed.wait_for(lambda: self._state != last)
             return self._state
 
-    def count_tokens(self, messages: Sequence[Message], timeout_s: float = 10.0) -> int:
-        """Exact prompt tokens. Raises RequestMalformed, Unavailable, EngineLost or EngineFailed."""
+    def count_tokens(self, messages: Sequence[Message], timeout_s: float = 30.0) -> int:
+        """Prompt tokens, as ``interface.Engine`` has it.
+
+        Raises RequestMalformed, Unavailable, EngineLost or EngineFailed.
+        """
         life = self._ready_life()
         assert life.counting is not None
-        if not life.counting_lock.acquire(timeout=2 * timeout_s):
+        if not life.counting_lock.acquire(timeout=timeout_s):
             # Whoever counts has a time limit of its own; so many large prompts are no reason to end the engine.
             raise Unavailable("queue_timeout", "the engine is counting other prompts", 2.0)
         over_before = life.over

@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 
 from service.engine import gguf
-from tests.gguf_writer import UINT32, small_model
+from tests.gguf_writer import STRING, UINT32, small_model
 from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -192,9 +192,14 @@ class Service:
         return self.process.wait(timeout_s)
 
 
-def write_small_model(folder: Path) -> Path:
-    """A valid model of random weights, with room for long answers and no wish to end them at temperature 0."""
-    model = small_model()
+def write_small_model(folder: Path, pre_tokenizer: str | None = "llama-bpe") -> Path:
+    """A valid model of random weights, with room for long answers and no wish to end them at temperature 0.
+
+    Without a pre-tokenizer its vocabulary is one of SentencePiece.
+    """
+    model = small_model(tokenizer="llama" if pre_tokenizer is None else "gpt2")
+    if pre_tokenizer is not None:
+        model.put("tokenizer.ggml.pre", STRING, pre_tokenizer.encode())
     model.put("llama.context_length", UINT32, 2048)
     head = model.tensor("output.weight")
     row_bytes, weights = len(head.data) // head.shape[1], bytearray(head.data)

@@ -1,0 +1,60 @@
+"""Texts that a vocabulary's own cutting is worst at, in front of the real service: none costs the engine its life."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.service.harness import Answer, Service, running_service, write_small_model
+
+# What each cuts by is in llama.cpp's llama-vocab.cpp; None is SentencePiece.
+PRE_TOKENIZERS = ("llama-bpe", "qwen2", "deepseek-llm", "deepseek-coder", "falcon", "starcoder", "poro-chat", None)
+MOST = 1_000_000
+
+
+def filled(run: str) -> str:
+    """As many such runs as a body holds."""
+    return run * (MOST // (len(json.dumps(run, ensure_ascii=False).encode()) - 2))
+
+
+HOSTILE = {
+    # Python sees words here, or spaces; the engine sees one run.
+    "underscores and signs": filled("_!"),
+    "separators": filled("!\x1c"),
+    "a letter that is new": filled("a\U0001e4d0"),
+    "private use": filled("!\ue000"),
+    "colons": filled("ab:"),
+    # What runs on just long enough.
+    "signs": filled("#" * 50_000 + " "),
+    "letters": filled("a" * 50_000 + " "),
+    "signs, then lines": filled("#" * 50_000 + "\n" * 10_000),
+    # Some vocabularies look from each space to the last one.
+    "spaces": filled(" " * 10_000 + "1"),
+    "spaces in front of letters": filled(" " * 10_000 + "中"),
+    "spaces without end": filled(" "),
+    # A token, or several, for each byte.
+    "emoji": filled("\U0001f600" * 10_000 + " "),
+    "upper case": filled("QZ" * 20 + " "),
+}
+
+
+def ask(service: Service, text: str) -> Answer:
+    return service.request(
+        "POST", "/generate", json.dumps({"prompt": text, "max_tokens": 1}, ensure_ascii=False).encode()
+    )
+
+
+@pytest.mark.parametrize("pre_tokenizer", PRE_TOKENIZERS)
+def test_no_text_ends_the_engine(pre_tokenizer: str | None, tmp_path: Path) -> None:
+    """Each is refused in time, by its length or for what it is; the engine lives, and counts what fits as before."""
+    model = write_small_model(tmp_path, pre_tokenizer)
+    with running_service(model=model) as service:
+        for name, text in HOSTILE.items():
+            answer = ask(service, text)
+            assert answer.status == 400, (name, answer.body[:300])
+            assert answer.json["type"].rpartition(":")[2] in ("malformed", "context-exceeded"), (
+                name,
+                answer.body[:300],
+            )
+        assert service.metric("llm_engine_restarts_total") == 0
+        assert ask(service, "hello").status == 200
