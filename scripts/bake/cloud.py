@@ -203,7 +203,9 @@ class Cloud:
                 action = self.attempt(what, partial(self.client.actions.get_by_id, given(action.id)))
             if action.status == BoundAction.STATUS_ERROR:
                 told: Mapping[str, object] = action.error or {}
-                raise ActionFailed(f"{what}: {told.get('message')} ({told.get('code')}, action {action.id})")
+                raise ActionFailed(
+                    f"{what}: {told.get('message')} ({told.get('code')}, action {action.id})", str(told.get("code"))
+                )
 
     # What is there.
 
@@ -300,8 +302,10 @@ class Cloud:
         for server_type, location in places:
             try:
                 return self._create_server(name, image, server_type, location, key, user_data, labels, end_s)
-            except APIException as error:
+            except (APIException, ActionFailed) as error:
                 if error.code not in NO_ROOM:
+                    if isinstance(error, ActionFailed):
+                        raise
                     if self.snapshot(image) is None:
                         raise ImageGone(f"snapshot {image} is gone") from error
                     raise _describe(f"create {name}", error) from error
@@ -356,9 +360,11 @@ class Cloud:
             except (ActionFailed, APIException) as error:
                 if isinstance(error, APIException) and error.code != "not_found":
                     raise
-                _log.info("%s: %s; made anew", what, error)
                 self.delete_server(server, end_s)
-        raise ActionFailed(f"{what}: it failed again and again")
+                if error.code in NO_ROOM:
+                    raise
+                _log.info("%s: %s; made anew", what, error)
+        raise ActionFailed(f"{what}: it failed again and again", "")
 
     def _wait_until_running(self, what: str, number: int, end_s: float) -> None:
         """For a server whose answer was lost, and its actions with it."""
@@ -437,7 +443,11 @@ class Cloud:
 
 
 class ActionFailed(CloudFailed):
-    """An action that the API took on ended in an error."""
+    """An action that the API took on ended in an error, which has a ``code`` as a refusal does."""
+
+    def __init__(self, message: str, code: str):
+        super().__init__(message)
+        self.code = code
 
 
 def describe_code(code: str) -> str:

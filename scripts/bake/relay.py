@@ -21,7 +21,7 @@ from urllib.parse import quote
 
 import requests
 
-from scripts.bake.cloud import LOCKED_PATIENCE_S, PASSING, Access, pauses
+from scripts.bake.cloud import LOCKED_PATIENCE_S, NO_ROOM, PASSING, Access, pauses
 
 _log = logging.getLogger(__name__)
 _TIMEOUT_S = (10.0, 60.0)
@@ -185,8 +185,9 @@ class Relay:
             if action.get("status") == "error":
                 told = action.get("error") or {}
                 what = f"{action.get('command')}: {told.get('message')} ({told.get('code')})"
+                code = told["code"] if told.get("code") in NO_ROOM else "action_failed"
                 self.failures.append(
-                    CallFailed(call, "action_failed", what, answer.headers.get("X-Correlation-Id", ""), lost=True)
+                    CallFailed(call, code, what, answer.headers.get("X-Correlation-Id", ""), lost=True)
                 )
 
     def _send(self, method: str, path: str, body: bytes) -> requests.Response:

@@ -197,6 +197,14 @@ def test_a_server_whose_action_fails_is_made_anew(cloud: Cloud, local: LocalClou
     assert len(cloud.servers()) == 2
 
 
+def test_where_placing_a_server_fails_the_next_place_is_tried(cloud: Cloud, local: LocalCloud, image: int) -> None:
+    """That there is no room may be told by the action only; nothing stays there."""
+    fault = {"path": "/v1/servers", "method": "POST", "kind": "action_failed", "code": "placement_error", "times": 1}
+    assert local.call("PUT", "/_local/faults", {"faults": [fault]}).status_code == 200
+    assert create(cloud, image, ("cx23", "fsn1"), ("cx23", "nbg1")) == "cx23 at nbg1, running"
+    assert len(cloud.servers()) == 2
+
+
 def test_a_server_from_a_snapshot_that_is_gone(cloud: Cloud, image: int) -> None:
     """It is told apart from all other refusals: the bake can make the snapshot again."""
     cloud.client.images.get_by_id(image).delete()

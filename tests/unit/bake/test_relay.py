@@ -143,14 +143,15 @@ def test_what_does_not_pass_is_handed_on_and_noted(relay: Relay, way: InProcess)
     assert (failed.code, failed.correlation_id, failed.passes) == ("forbidden", "c0ffee", False)
 
 
-def test_an_action_that_failed_is_noted(relay: Relay, local: LocalCloud) -> None:
-    """It comes in an answer that went well."""
-    fault = {"path": "/v1/servers", "method": "POST", "kind": "action_failed", "times": 1}
+@pytest.mark.parametrize(("told_code", "noted"), [("action_failed", "action_failed"), ("placement_error",) * 2])
+def test_an_action_that_failed_is_noted(relay: Relay, local: LocalCloud, told_code: str, noted: str) -> None:
+    """It comes in an answer that went well; that there is no room elsewhere helps."""
+    fault = {"path": "/v1/servers", "method": "POST", "kind": "action_failed", "code": told_code, "times": 1}
     local.call("PUT", "/_local/faults", {"faults": [fault]})
     told = call(relay, "POST", "/servers", {"name": "b", "server_type": "cx23", "image": "debian-13"})[1]
     local.wait(told["action"])
     call(relay, "GET", f"/actions/{told['action']['id']}")
-    assert [(each.code, each.passes) for each in relay.failures] == [("action_failed", True)]
+    assert [(each.code, each.passes) for each in relay.failures] == [(noted, True)]
     local.wait(*told["next_actions"])
 
 
