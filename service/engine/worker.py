@@ -135,7 +135,7 @@ def _check_golden(engine: Engine, sha256: str, settings: dict[str, Any]) -> Comp
     state_dir = Path(settings["state_dir"])
     recorded = golden.find_golden(state_dir, sha256)
     if recorded is not None:
-        return golden.check(engine, recorded)
+        return golden.check(engine, recorded, golden.START_CHECK_S)
     if settings["golden"] == "record":
         made, speed = golden.record(engine)
         golden.save_golden(state_dir, sha256, made)

@@ -62,6 +62,17 @@ def test_other_answer_is_refused(tmp_path: Path) -> None:
         golden.check(FakeEngine(), golden.Golden(made.prompt, made.max_tokens, made.response + "."))
 
 
+def test_a_slow_engine_is_known_by_the_beginning_of_its_answer() -> None:
+    """Of four tokens at least, and each that has come is held against the record; the rest nobody waits for."""
+    answer = golden.Golden("pause 0.02 say a b c d e f g h i j k l m n", 16, "a b c d e f g h i j k l m n")
+    assert golden.check(FakeEngine(), answer, 10.0).completion_tokens == 14
+    assert golden.check(FakeEngine(), answer, 0.0).completion_tokens == 4
+    assert 4 < golden.check(FakeEngine(), answer, 0.15).completion_tokens < 14
+    for wrong in ("a b c x e f g h i j k l m n", "a b c", ""):
+        with pytest.raises(ModelRefused, match="golden answer is wrong"):
+            golden.check(FakeEngine(), golden.Golden(answer.prompt, 16, wrong), 0.0)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"prompt": "x"}', '{"prompt": "x", "max_tokens": "many"}'])
 def test_unreadable_record_is_refused(tmp_path: Path, text: str) -> None:
     """A damaged record is no record to pass by: it is told."""
