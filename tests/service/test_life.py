@@ -11,7 +11,6 @@ from pathlib import Path
 
 import psutil
 
-from tests import gguf_writer
 from tests.ports import free_port
 from tests.service.harness import (
     FAKE,
@@ -20,7 +19,6 @@ from tests.service.harness import (
     Service,
     read_events,
     running_service,
-    write_small_model,
 )
 
 
@@ -304,20 +302,6 @@ def test_unknown_failures_do_not_quote_prompts(fake: Service) -> None:
     assert fake.generate("pause SECRET-PROMPT-TEXT").status == 500
     assert "SECRET" not in fake.log_path.read_text()
     assert any("ValueError at fake_engine.py" in line["error"] for line in fake.logs("failure"))
-
-
-def test_long_runs_do_not_overflow_the_engines_stack(tmp_path: Path) -> None:
-    """A vocabulary whose text is split recursively (Qwen's) takes long unbroken runs or refuses them, and lives."""
-    path = write_small_model(tmp_path)
-    model = gguf_writer.read(path.read_bytes())
-    model.put("tokenizer.ggml.pre", gguf_writer.STRING, b"qwen2")
-    path.write_bytes(model.to_bytes())
-    with running_service(model=path) as service:
-        for letter in ("a", "1", "!", " ", "\n"):
-            taken = service.generate(letter * 49_000)
-            assert (taken.status, taken.json["type"][-8:]) == (400, "exceeded"), letter
-            assert service.generate(letter * 200_000).status == 400
-        assert service.metric("llm_engine_restarts_total") == 0
 
 
 def test_loading_is_told() -> None:

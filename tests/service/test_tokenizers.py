@@ -56,5 +56,9 @@ def test_no_text_ends_the_engine(pre_tokenizer: str | None, tmp_path: Path) -> N
                 name,
                 answer.body[:300],
             )
+        for letter, longest in {"a": 50_000, "1": 50_000, "!": 50_000, " ": 10_000, "\n": 10_000}.items():
+            taken, refused = ask(service, letter * longest), ask(service, letter * 200_000)
+            assert taken.json["type"].endswith("context-exceeded"), (letter, taken.json)
+            assert refused.json["type"].endswith("malformed"), (letter, refused.json)
         assert service.metric("llm_engine_restarts_total") == 0
         assert ask(service, "hello").status == 200
