@@ -200,8 +200,16 @@ def test_rollouts_under_load(cloud: LocalCloud, talkative_image: BoundImage, pro
         wait_for_history(made, names)
 
 
+def power_cut(cloud: LocalCloud, node: str) -> None:
+    """And power again, at once."""
+    given(cloud.client().servers.get_by_name(node)).reset().wait_until_finished()
+
+
 def test_a_rollout_without_terraform(cloud: LocalCloud, talkative_image: BoundImage, tmp_path: Path) -> None:
-    """Two in a row by the same calls through the API, so that rollouts run where Terraform's provider cannot be had."""
+    """Two in a row by the same calls through the API, so that rollouts run where Terraform's provider cannot be had.
+
+    The first is from a node that has lost its power since it came.
+    """
     key = make_key(tmp_path)
     with reachable_acme_server(cloud, tmp_path) as (server, acme):
         root, place = tmp_path / "root.pem", tmp_path / "api"
@@ -212,6 +220,12 @@ def test_a_rollout_without_terraform(cloud: LocalCloud, talkative_image: BoundIm
             for name in (DOMAIN, f"monitoring.{DOMAIN}"):
                 server.point(name, told["ipv4_address"])
             made.roll_out()
+            # The next takes over from it all the same.
+            power_cut(cloud, made.outputs()["node"]["name"])
+            end_s = time.monotonic() + 60
+            while made.generate(told["ipv4_address"], KEYS["alice"]) != 200:
+                assert time.monotonic() < end_s
+                time.sleep(0.2)
             issued, names = orders(server), {made.outputs()["node"]["name"]}
             load = Load(DOMAIN, KEYS["alice"], root)
             begin_s = time.monotonic()

@@ -314,6 +314,20 @@ def test_facts_of_the_server_that_a_snapshot_was_made_of_are_refused(tmp_path: P
     assert boot("2") == 0
 
 
+def test_a_reboot_begins_no_takeover_that_is_over(tmp_path: Path) -> None:
+    """Else the next node waits for its end, for ever."""
+    right = {**yaml.safe_load(RIGHT), "addresses": {"ipv4": "203.0.113.5"}, "handover": make_pair(datetime.now(UTC))}
+
+    def state() -> str:
+        code, folder = check(tmp_path, yaml.safe_dump(right))
+        assert code == 0
+        return str(json.loads((folder / "rollout.json").read_text())["state"])
+
+    assert state() == "looking"
+    (tmp_path / "took-over").touch()
+    assert state() == "finished"
+
+
 def test_facts_that_others_could_read_are_closed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """They may hold a key; cloud-init leaves files open unless told otherwise."""
     (tmp_path / "facts.yaml").write_text(RIGHT)

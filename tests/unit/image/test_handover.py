@@ -281,7 +281,7 @@ def test_a_knock_is_an_acknowledgement_of_nothing() -> None:
 
 
 def test_what_is_open(tmp_path: Path) -> None:
-    """Running and waiting answers, clients' connections; None of a program that is gone, not 0."""
+    """Running and waiting answers, clients' connections; None of a program that is gone, not 0, and -1 where it hangs."""
     (tmp_path / "key").write_text("k")
     told = {
         stack.SERVICE: "# HELP x\nllm_requests_in_flight 1.0\nllm_queue_depth 4.0\n",
@@ -298,8 +298,10 @@ def test_what_is_open(tmp_path: Path) -> None:
         return fetch
 
     assert handover.count_open(places, fail(ConnectionRefusedError)) == {"answers": None, "connections": None}
-    with pytest.raises(TimeoutError):  # who is only busy is not gone
-        handover.count_open(places, fail(TimeoutError))
+    # Who is only busy is not gone; and one that hangs is to be replaced.
+    assert handover.count_open(places, fail(TimeoutError)) == {"answers": -1, "connections": -1}
+    with pytest.raises(ConnectionResetError):
+        handover.count_open(places, fail(ConnectionResetError))
 
 
 def test_a_node_holds_the_addresses_until_it_has_a_successor(tmp_path: Path) -> None:

@@ -247,6 +247,55 @@ def test_trouble_in_passing_does_not_end_it(tmp_path: Path, monkeypatch: pytest.
     assert own.board.state.state == "moved"
 
 
+def test_trouble_that_lasts_does_not_lose_what_the_old_node_keeps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once the addresses are here it is deleted: what it is to hand over is asked for all the same; one that is gone not."""
+    for error, raised in ((takeover.Trouble("its service hangs"), False), (takeover.Gone("it is gone"), True)):
+        network = Network()
+        (tmp_path / str(raised)).mkdir()
+        own = make(tmp_path / str(raised), network)
+
+        def tell(path: str, *more: Any, error: Exception = error, old: Network = network) -> dict[str, Any]:
+            if path == "/sync" and old.time_s > 10:
+                raise error
+            return dict(Network.tell(old, path, *more))
+
+        monkeypatch.setattr(network, "tell", tell)
+        network.arrived = set(ADDRESSES)
+        if raised:
+            with pytest.raises(takeover.Gone):
+                own.follow(network)
+        else:
+            own.follow(network)
+            assert own.board.state.notes == ("its answers were not followed to the end: its service hangs",)
+        assert own.board.state.state == "moved"
+        assert 29 <= network.time_s < 33
+
+
+def test_a_tunnel_that_the_old_node_lost_is_opened_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a reboot, say. Once something has moved there is nothing to open it for: those flows are gone."""
+    network = Network()
+    own = make(tmp_path, network)
+    opened: list[float] = []
+
+    def prepare(peer: Any) -> None:
+        opened.append(network.time_s)
+        network.open["tunnel"] = True
+
+    monkeypatch.setattr(own, "prepare", prepare)
+    network.open["tunnel"] = True
+    network.events = {
+        5.0: lambda: network.open.update(tunnel=False),
+        20.0: lambda: network.arrived.update(ADDRESSES),
+        30.0: lambda: network.open.update(tunnel=False),
+        40.0: lambda: network.open.update(connections=0, answers=0),
+    }
+    own.follow(network)
+    assert len(opened) == 1
+    assert 5 <= opened[0] < 7
+
+
 def test_counters_and_revoked_keys_come_over_at_each_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the service as soon as it is there, and to the list that outlives it."""
     network = Network()

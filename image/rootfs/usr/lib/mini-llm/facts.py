@@ -370,8 +370,11 @@ def write_handover(folder: Path, facts: dict[str, Any] | None) -> None:
             path.write_text(facts["handover"][name])
 
 
-def write_all(run: Path, facts: dict[str, Any] | None, prometheus: Path) -> None:
-    """What the programs read, from facts that are right; or, for None, as long as nobody knows any."""
+def write_all(run: Path, facts: dict[str, Any] | None, prometheus: Path, took_over: bool = False) -> None:
+    """What the programs read, from facts that are right; or, for None, as long as nobody knows any.
+
+    ``took_over`` says that this node's takeover was at its end before this boot.
+    """
     own, scraping_key = run / "mini-llm", f"mllm_{secrets.token_hex(24)}"
     for name in ("keys.json", "node.env", "addresses", "proof", "rollout.json"):
         (own / name).unlink(missing_ok=True)
@@ -391,8 +394,9 @@ def write_all(run: Path, facts: dict[str, Any] | None, prometheus: Path) -> None
         if "addresses" in facts:
             texts["addresses"] = "".join(f"{address}\n" for address in facts["addresses"].values())
         if "handover" in facts:
-            # Whoever asks before the takeover has said anything must not take that for none.
-            texts["rollout.json"] = json.dumps({"state": "looking"}) + "\n"
+            # Whoever asks before the takeover has said anything must not take that for none; and one that is over is not
+            # begun again by a reboot, so nobody else would say so.
+            texts["rollout.json"] = json.dumps({"state": "finished" if took_over else "looking"}) + "\n"
     for name, text in texts.items():
         write_whole(own / name, text, 0o640)
 
@@ -423,7 +427,7 @@ def main(
             print(f"mini-llm: this node does not serve: {re.sub(r'[^ -~]', '?', problem)}")
         write_whole(problem_path, "\n".join(wrong.problems) + "\n", 0o640)
         return 1
-    write_all(run, facts, prometheus)
+    write_all(run, facts, prometheus, memory.with_name("took-over").exists())
     problem_path.unlink()
     write_whole(run / "mini-llm-boot" / "facts", f"{time.clock_gettime(time.CLOCK_BOOTTIME):.2f}\n", 0o644)
     print(f"mini-llm: the facts are right; {len(facts['api_keys'])} keys")

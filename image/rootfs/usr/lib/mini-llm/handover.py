@@ -153,7 +153,11 @@ def fetch(
 
 
 def count_open(places: Places, fetch: Callable[..., str] = fetch) -> dict[str, int | None]:
-    """Answers in flight and connections of clients; None where that program is gone. Raises OSError, ValueError."""
+    """Answers in flight and connections of clients; None where that program is gone, -1 where it hangs.
+
+    Raises OSError, ValueError.
+    """
+    # A node whose service hangs is one that most needs to be replaced.
     try:
         key = places.scraping_key.read_text().strip()
         service = read_gauges(
@@ -163,12 +167,16 @@ def count_open(places: Places, fetch: Callable[..., str] = fetch) -> dict[str, i
         answers = int(service["running"] + service["waiting"])
     except ConnectionRefusedError:
         answers = None
+    except TimeoutError:
+        answers = -1
     try:
         told = fetch(stack.TRAEFIK, "/metrics")
         open_ones = read_gauges(told, {"open": 'traefik_open_connections{entrypoint="https"'})["open"]
         connections = int(open_ones)
     except ConnectionRefusedError:
         connections = None
+    except TimeoutError:
+        connections = -1
     return {"answers": answers, "connections": connections}
 
 
@@ -315,6 +323,7 @@ class Handler(BaseHTTPRequestHandler):
         self._tell(
             {
                 **self._state(),
+                "tunnel": lease.exists(),
                 "counters": counters,
                 "revoked": sorted(read_revoked(self.places.state / "revoked")),
             }

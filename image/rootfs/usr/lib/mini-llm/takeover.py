@@ -493,6 +493,9 @@ class Takeover:
                     synced_s = self.now_s()
                     open_ones = self.sync(peer)
                     heard_s = self.now_s()
+                    if not told and not open_ones.get("tunnel", True):
+                        print("takeover: the old node's end of the tunnel is gone; it is opened again")
+                        self.prepare(peer)
                     if open_ones["answers"] != 0:
                         asked_s = heard_s
                     if self.board.state.state == "looking":
@@ -503,7 +506,11 @@ class Takeover:
                 peer.close()
                 print(f"takeover: {error}")
                 if self.now_s() - heard_s > _GONE_AFTER_S:
-                    raise
+                    if moved_s is None or isinstance(error, Gone):
+                        raise
+                    # It still has what it is to hand over, and is deleted once this node says that it is done.
+                    self.board.note(f"its answers were not followed to the end: {error}")
+                    return
             self.sleep(_LOOK_EVERY_S)
 
     def wait_for_gap(self, peer: Peer) -> None:

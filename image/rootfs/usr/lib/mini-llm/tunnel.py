@@ -292,6 +292,7 @@ def keep_open(ends: Ends, lease: Path, addresses: Path, memory: Path) -> None:
         time.sleep(_LEASE_S / 10)
         if (now := lease.stat().st_mtime_ns) != touched:
             touched, heard_s = now, time.monotonic()
+    lease.unlink(missing_ok=True)  # whoever is heard of again can tell by this
     print(f"{ends.peer} has not been heard of for {_LEASE_S:.0f} s; the tunnel is closed")
 
 
