@@ -1,14 +1,17 @@
 """The image on the local cloud: baked by Packer, booted cut off from the outside, served, attacked, broken."""
 
+import http.client
 import json
 import re
 import shlex
 import shutil
 import socket
+import struct
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -118,6 +121,7 @@ def test_the_proxy(cloud: LocalCloud, served: Node) -> None:
     status, _ = served.curl("/generate", "-o", "/dev/null", scheme="http")
     assert status in (301, 308)
     assert served.ask("/metrics")[0] == 404
+    assert served.ask("/%2Fmetrics")[0] == 400  # of which the service would make another path
     status, headers = served.ask("/health", None, None, "-D", "-", "-o", "/dev/null")
     assert status == 200
     lines = {line.partition(":")[0].lower(): line.partition(":")[2].strip() for line in headers.splitlines()}
@@ -125,11 +129,15 @@ def test_the_proxy(cloud: LocalCloud, served: Node) -> None:
     assert lines["x-content-type-options"] == "nosniff"
     assert "server" not in lines
     served.ask("/health?secret=in-the-query")
+    assert hold_connections(served, 300) == 256  # who holds them need not send a header for it
+    assert ask_port_80(served, 600)[429] > 100
     assert served.curl("/x", "--insecure", host="stranger.test")[0] == 404
     log = served.run("journalctl --no-pager -o cat CONTAINER_NAME=mini-llm-traefik-1")
     assert "RouterName" in log
     assert "in-the-query" not in log
     assert "stranger" not in log  # what leads nowhere has no line: it has no limit either
+    assert '"DownstreamStatus":308' in log
+    assert '"DownstreamStatus":429' not in log  # of which there may be thousands a second
     assert served.api_key not in log
     state = json.loads(served.run("docker inspect mini-llm-traefik-1"))[0]
     host = state["HostConfig"]
@@ -143,6 +151,31 @@ def test_the_proxy(cloud: LocalCloud, served: Node) -> None:
     audited = served.run("tail -n 2 /var/lib/mini-llm/audit/*.jsonl")
     assert f'"{transfer_addresses(tag_of(cloud.state))[0]}"' in audited
     assert '"127.0.0.1"' not in audited
+
+
+def hold_connections(served: Node, wanted: int) -> int:
+    """How many of so many connections one client gets at the same time; all of them are ended."""
+    with ExitStack() as held:
+        for number in range(wanted):
+            client = held.enter_context(socket.socket())
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            try:
+                client.connect((served.address, 443))
+            except ConnectionRefusedError:
+                return number
+    return wanted
+
+
+def ask_port_80(served: Node, times: int) -> Counter[int]:
+    """Statuses of so many requests on one connection, as fast as they go."""
+    statuses = Counter[int]()
+    with closing(http.client.HTTPConnection(served.address, timeout=10)) as connection:
+        for number in range(times):
+            connection.request("GET", f"/.well-known/acme-challenge/{number}", headers={"Host": DOMAIN})
+            answer = connection.getresponse()
+            answer.read()
+            statuses[answer.status] += 1
+    return statuses
 
 
 @contextmanager
@@ -194,6 +227,16 @@ def test_the_first_certificate_is_there_before_traefik(
         # Afterwards there is nothing to do before Traefik.
         own.run("systemctl restart mini-llm-first-certificate")
         assert "ConditionResult=no" in own.run("systemctl show mini-llm-first-certificate")
+        # A store that was cut short is put aside, or Traefik would order nothing as long as the node lives.
+        own.run(
+            "systemctl stop mini-llm-stack; truncate -s 700 /var/lib/mini-llm-traefik/acme.json; "
+            "systemctl start mini-llm-stack; test -s /var/lib/mini-llm-traefik/acme.json.torn"
+        )
+        end_s = time.monotonic() + 60
+        while trusting.ask("/health")[0] != 200:
+            assert time.monotonic() < end_s, server.log.read_text()[-2000:]
+            time.sleep(0.5)
+        assert server.log.read_text().count("Issued certificate") > issued
 
 
 def test_a_certificate_is_ordered_until_it_is_there(
@@ -384,12 +427,19 @@ def test_a_snapshot_of_a_node_is_not_that_node(cloud: LocalCloud, served: Node, 
 
 
 def test_it_serves_again_after_whatever_happens(served: Node) -> None:
-    """A killed engine, service or Docker, Docker started again, a power cut in the middle of an answer, a reboot."""
+    """A killed engine, service or Docker, Docker started again or at the second try, a power cut, a reboot."""
+    drop_in = "/run/systemd/system/docker.service.d"
+    fails = "[Service]\\nExecStartPre=/bin/sh -c 'test -e /run/failed || { touch /run/failed; exit 1; }'\\n"
+    fail_once = (
+        f'mkdir -p {drop_in}; printf "{fails}" > {drop_in}/fails.conf; systemctl daemon-reload; '
+        "systemctl stop docker.socket docker; systemctl start --no-block mini-llm-stack mini-llm-monitoring"
+    )
     for end in (
         "pkill -9 -f '[s]ervice.engine.worker'",
         "systemctl kill -s KILL mini-llm",
         "pkill -9 -x dockerd",
         "systemctl restart docker",
+        fail_once,
     ):
         served.run(end)
         units = "docker mini-llm mini-llm-stack mini-llm-monitoring"

@@ -281,7 +281,7 @@ def test_a_knock_is_an_acknowledgement_of_nothing() -> None:
 
 
 def test_what_is_open(tmp_path: Path) -> None:
-    """Running and waiting answers, clients' connections; None of a program that is gone, not 0, and -1 where it hangs."""
+    """Running and waiting answers, clients' connections; None of one that is gone, not 0; -1 where it hangs."""
     (tmp_path / "key").write_text("k")
     told = {
         stack.SERVICE: "# HELP x\nllm_requests_in_flight 1.0\nllm_queue_depth 4.0\n",

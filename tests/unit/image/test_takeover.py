@@ -250,7 +250,7 @@ def test_trouble_in_passing_does_not_end_it(tmp_path: Path, monkeypatch: pytest.
 def test_trouble_that_lasts_does_not_lose_what_the_old_node_keeps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once the addresses are here it is deleted: what it is to hand over is asked for all the same; one that is gone not."""
+    """Once the addresses are here it is deleted, so it is asked for that all the same; one that is gone is not."""
     for error, raised in ((takeover.Trouble("its service hangs"), False), (takeover.Gone("it is gone"), True)):
         network = Network()
         (tmp_path / str(raised)).mkdir()

@@ -394,8 +394,8 @@ def write_all(run: Path, facts: dict[str, Any] | None, prometheus: Path, took_ov
         if "addresses" in facts:
             texts["addresses"] = "".join(f"{address}\n" for address in facts["addresses"].values())
         if "handover" in facts:
-            # Whoever asks before the takeover has said anything must not take that for none; and one that is over is not
-            # begun again by a reboot, so nobody else would say so.
+            # Whoever asks before the takeover has said anything must not take that for none; and one that is over no
+            # reboot begins again, so nobody else would say so.
             texts["rollout.json"] = json.dumps({"state": "finished" if took_over else "looking"}) + "\n"
     for name, text in texts.items():
         write_whole(own / name, text, 0o640)

@@ -20,7 +20,10 @@ _LARGEST_STORE_BYTES = 4 << 20
 # Let's Encrypt lets five orders of a name fail, and one more every twelve minutes (letsencrypt.org/docs/rate-limits).
 # Two may have failed when the first pause begins: the one before Traefik's start (first_certificate.py) or as the
 # addresses arrive, and Traefik's, which may be waited for even then: as long as it is, no other of the name is begun.
-_PAUSES_S = (15, 60, 300, 900)
+# Where a day was not enough, it is the name's records that are missing, for weeks perhaps; and thousands of failures in
+# a row make Let's Encrypt pause a name.
+_PAUSES_S = (15, 60, 300, *[900] * 96, 3600)
+_AWAITED_S = 900
 _LOOK_EVERY_S = 1
 
 
@@ -104,7 +107,7 @@ def main(
     missing, written = list(names), None
     awaited = _is_told_of_arrival(traefik) and not arrived.exists()
     # Seldom before, for a takeover that has failed never tells, and somebody may lead the addresses here all the same.
-    pauses = repeat(_PAUSES_S[-1]) if awaited else pauses_s()
+    pauses = repeat(_AWAITED_S) if awaited else pauses_s()
     number, rest_s = 0, next(pauses)
     while True:
         for name in [name for name in missing if is_there(acme, name)]:

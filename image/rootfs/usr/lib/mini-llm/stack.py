@@ -109,21 +109,28 @@ def _traefik(facts: dict[str, Any]) -> dict[str, Any]:
     }
     small = {"maxHeaderBytes": _LARGEST_HEADERS_BYTES}
     to_https = {"redirections": {"entryPoint": {"to": "https", "scheme": "https", "permanent": True}}}
+    # Nothing is sent to port 80 but lines of headers. Orders' challenges have a route of Traefik's, which no limit but
+    # an entry point's own reaches.
+    limited: dict[str, Any] = {**to_https, **small, "middlewares": ["rate@file"]}
+    quick = {**long, "respondingTimeouts": {**long["respondingTimeouts"], "readTimeout": "10s"}}
+    # A slash that only the program behind would see makes another path of it than the routes have looked at.
+    plain = {**small, "encodedCharacters": {"allowEncodedSlash": False}}
     document: dict[str, Any] = {
         "global": {"checkNewVersion": False, "sendAnonymousUsage": False},
         "entryPoints": {
-            "http": {"address": ":80", "http": {**to_https, **small}, "transport": long},
-            "https": {"address": ":443", "http": small, "transport": long},
+            "http": {"address": ":80", "http": limited, "transport": quick},
+            "https": {"address": ":443", "http": plain, "transport": long},
             "metrics": {"address": TRAEFIK},
         },
         "providers": {"file": {"directory": "/etc/traefik/dynamic", "watch": True}},
         "metrics": {"prometheus": {"entryPoint": "metrics"}},
         "log": {"level": "INFO", "format": "json"},
         # Neither headers, which hold keys, nor the request's line, which holds the query. Names that lead nowhere meet
-        # no limit: with their lines a stranger could push everybody else's out of the journal.
+        # no limit, and what goes beyond one has no end: with their lines a stranger could push everybody else's out of
+        # the journal.
         "accessLog": {
             "format": "json",
-            "filters": {"statusCodes": ["100-403", "405-599"]},
+            "filters": {"statusCodes": ["100-403", "405-428", "430-599"]},
             "fields": {
                 "names": dict.fromkeys(
                     ("RequestPath", "RequestLine", "RequestHost", "RequestAddr", "ClientUsername"), "drop"
@@ -241,7 +248,14 @@ def _add_monitoring(http: dict[str, Any], facts: dict[str, Any], own: dict[str, 
     }
     graph = {"rule": f"{host} && Path(`/graph`)", "priority": 1000, "service": "grafana"}
     graph["middlewares"] = [*chain, "dashboards"]
-    pages = {"rule": f"{host} && {others} && !Path(`/node`)", "service": "grafana", "middlewares": chain}
+    # Grafana hands on to a data source whatever is asked under these, by any method: Prometheus' admin API, too. The
+    # dashboards ask under /api/ds/query.
+    handed_on = "PathRegexp(`(?i)/(resources?|proxy)(/|$)`)"
+    pages = {
+        "rule": f"{host} && {others} && !Path(`/node`) && !{handed_on}",
+        "service": "grafana",
+        "middlewares": chain,
+    }
     report = {"rule": f"{reading} && Path(`/node`)", "service": "report", "middlewares": chain}
     http["routers"] |= {"graph": {**own, **graph}, "grafana": {**own, **pages}, "report": {**own, **report}}
     http["services"] |= {"grafana": {"loadBalancer": _balanced(GRAFANA)}, "report": {"loadBalancer": _balanced(REPORT)}}
