@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import socket
+import ssl
 import struct
 import subprocess
 import time
@@ -130,13 +131,14 @@ def test_the_proxy(cloud: LocalCloud, served: Node) -> None:
     assert "server" not in lines
     served.ask("/health?secret=in-the-query")
     assert hold_connections(served, 300) == 256  # who holds them need not send a header for it
-    assert ask_port_80(served, 600)[429] > 100
+    for secure in (False, True):
+        assert ask_at_once(served, 600, secure)[429] > 100
     assert served.curl("/x", "--insecure", host="stranger.test")[0] == 404
     log = served.run("journalctl --no-pager -o cat CONTAINER_NAME=mini-llm-traefik-1")
     assert "RouterName" in log
     assert "in-the-query" not in log
     assert "stranger" not in log  # what leads nowhere has no line: it has no limit either
-    assert '"DownstreamStatus":308' in log
+    assert '"DownstreamStatus":200' in log
     assert '"DownstreamStatus":429' not in log  # of which there may be thousands a second
     assert served.api_key not in log
     state = json.loads(served.run("docker inspect mini-llm-traefik-1"))[0]
@@ -166,12 +168,16 @@ def hold_connections(served: Node, wanted: int) -> int:
     return wanted
 
 
-def ask_port_80(served: Node, times: int) -> Counter[int]:
+def ask_at_once(served: Node, times: int, secure: bool) -> Counter[int]:
     """Statuses of so many requests on one connection, as fast as they go."""
     statuses = Counter[int]()
-    with closing(http.client.HTTPConnection(served.address, timeout=10)) as connection:
-        for number in range(times):
-            connection.request("GET", f"/.well-known/acme-challenge/{number}", headers={"Host": DOMAIN})
+    connection: http.client.HTTPConnection = http.client.HTTPConnection(served.address, timeout=10)
+    if secure:
+        unverified = ssl._create_unverified_context()  # noqa: S323 - it is the filter and the proxy that are tested
+        connection = http.client.HTTPSConnection(served.address, timeout=10, context=unverified)
+    with closing(connection):
+        for _ in range(times):
+            connection.request("GET", "/health", headers={"Host": DOMAIN})
             answer = connection.getresponse()
             answer.read()
             statuses[answer.status] += 1

@@ -136,8 +136,8 @@ def test_the_monitoring_is_for_who_has_its_password(watched: Node) -> None:
     handed_on = "/api/datasources/uid/prometheus/resources/api/v1/admin/tsdb/delete_series?match[]=up"
     for path in (handed_on, handed_on.replace("resources", "RESOURCES"), "/api/datasources/proxy/uid/prometheus/x"):
         for method in ("GET", "POST"):
-            own = ("-g", "-u", f"operator:{watched.password}", "-X", method)
-            assert watched.curl(path, *own, host=MONITORING)[0] == 404
+            words = ("-g", "-u", f"operator:{watched.password}", "-X", method)
+            assert watched.curl(path, *words, host=MONITORING)[0] == 404
     # What a stranger asks costs nothing: neither a password without end, nor headers without end.
     assert watched.curl("/node", "-u", f"operator:{'x' * 1000}", host=MONITORING)[0] == 404
     for host in (DOMAIN, MONITORING):

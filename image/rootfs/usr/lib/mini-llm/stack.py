@@ -107,11 +107,11 @@ def _traefik(facts: dict[str, Any]) -> dict[str, Any]:
         "respondingTimeouts": {"readTimeout": "60s", "writeTimeout": "0s", "idleTimeout": "180s"},
         "keepAliveMaxTime": "600s",
     }
-    small = {"maxHeaderBytes": _LARGEST_HEADERS_BYTES}
+    small: dict[str, Any] = {"maxHeaderBytes": _LARGEST_HEADERS_BYTES}
     to_https = {"redirections": {"entryPoint": {"to": "https", "scheme": "https", "permanent": True}}}
     # Nothing is sent to port 80 but lines of headers. Orders' challenges have a route of Traefik's, which no limit but
     # an entry point's own reaches.
-    limited: dict[str, Any] = {**to_https, **small, "middlewares": ["rate@file"]}
+    limited = {**to_https, **small, "middlewares": ["rate@file"]}
     quick = {**long, "respondingTimeouts": {**long["respondingTimeouts"], "readTimeout": "10s"}}
     # A slash that only the program behind would see makes another path of it than the routes have looked at.
     plain = {**small, "encodedCharacters": {"allowEncodedSlash": False}}
