@@ -101,10 +101,11 @@ def traefik_files(facts: dict[str, Any] | None) -> dict[str, str]:
 
 
 def _traefik(facts: dict[str, Any]) -> dict[str, Any]:
+    timeouts = {"readTimeout": "60s", "writeTimeout": "0s", "idleTimeout": "180s"}
     long = {
         # Answers on a CPU take minutes: what was accepted may finish, and only requests have to be quick.
         "lifeCycle": {"requestAcceptGraceTimeout": "2s", "graceTimeOut": f"{LONGEST_ANSWER_S}s"},
-        "respondingTimeouts": {"readTimeout": "60s", "writeTimeout": "0s", "idleTimeout": "180s"},
+        "respondingTimeouts": timeouts,
         "keepAliveMaxTime": "600s",
     }
     small: dict[str, Any] = {"maxHeaderBytes": _LARGEST_HEADERS_BYTES}
@@ -112,7 +113,7 @@ def _traefik(facts: dict[str, Any]) -> dict[str, Any]:
     # Nothing is sent to port 80 but lines of headers. Orders' challenges have a route of Traefik's, which no limit but
     # an entry point's own reaches.
     limited = {**to_https, **small, "middlewares": ["rate@file"]}
-    quick = {**long, "respondingTimeouts": {**long["respondingTimeouts"], "readTimeout": "10s"}}
+    quick = {**long, "respondingTimeouts": {**timeouts, "readTimeout": "10s"}}
     # A slash that only the program behind would see makes another path of it than the routes have looked at.
     plain = {**small, "encodedCharacters": {"allowEncodedSlash": False}}
     document: dict[str, Any] = {
