@@ -76,13 +76,46 @@ def test_the_neighbourhood() -> None:
     """The deployment's own network, if it is small enough to look through."""
     text = "- ip: 10.77.0.3\n  network: 10.77.0.0/24\n  mac_address: 86:00:00:00:00:0a\n"
     found = takeover.read_neighbourhood(text)
-    assert (found.own, str(found.network)) == ("10.77.0.3", "10.77.0.0/24")
+    assert (found.own, str(found.network), found.gateway) == ("10.77.0.3", "10.77.0.0/24", None)
+    assert takeover.read_neighbourhood(f"{text}  gateway: 10.77.0.1\n").gateway == "10.77.0.1"
     assert takeover.read_neighbourhood("") is None
     with pytest.raises(ValueError, match="too large"):
         takeover.read_neighbourhood(text.replace("/24", "/8").replace("10.77.0.0", "10.0.0.0"))
     for damaged in ("- 5\n", "{", "- ip: 10.77.0.3\n"):
         with pytest.raises(ValueError, match=r"no list of them|address"):
             takeover.read_neighbourhood(damaged)
+
+
+def test_nobody_is_there_only_where_somebody_could_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as the network's gateway is silent the node that serves may be behind it."""
+    now_s, seen, known = [0.0], dict[float, list[str]](), dict[float, str]()
+
+    def latest(told: dict[float, Any], none: Any) -> Any:
+        return next((told[at_s] for at_s in sorted(told, reverse=True) if at_s <= now_s[0]), none)
+
+    async def find_open(addresses: Any) -> list[str]:
+        return list(latest(seen, []))
+
+    def ask(command: list[str], text: str) -> str:
+        assert command == ["ip", "neighbor", "show", "10.77.0.1"]
+        return str(latest(known, "10.77.0.1 dev eth1 FAILED\n"))
+
+    monkeypatch.setattr(takeover, "find_open", find_open)
+    monkeypatch.setattr(takeover.time, "monotonic", lambda: now_s[0])
+    monkeypatch.setattr(takeover.time, "sleep", lambda seconds: now_s.__setitem__(0, now_s[0] + seconds))
+    here = takeover.Neighbourhood("10.77.0.3", takeover.ipaddress.IPv4Network("10.77.0.0/24"), "10.77.0.1")
+    with pytest.raises(takeover.Refused, match=r"its gateway, 10\.77\.0\.1,"):
+        takeover.look_around(here, ["10.77.0.2"], ask)
+    assert 60 <= now_s[0] < 64
+    now_s[0], seen = 0.0, {20.0: ["10.77.0.2"]}
+    assert takeover.look_around(here, ["10.77.0.2"], ask) == ["10.77.0.2"]
+    now_s[0], seen, known = 0.0, {}, {12.0: "10.77.0.1 dev eth1 lladdr d2:74:7f:6e:37:e3 REACHABLE\n"}
+    assert takeover.look_around(here, ["10.77.0.2"], ask) == []
+    assert now_s[0] == 12
+    now_s[0], known = 0.0, {}
+    without = takeover.replace(here, gateway=None)
+    assert takeover.look_around(without, ["10.77.0.2"], ask) == []
+    assert now_s[0] == 4
 
 
 class Network:

@@ -177,6 +177,7 @@ class Neighbourhood:
 
     own: str
     network: ipaddress.IPv4Network
+    gateway: str | None  # through which all that is in there is reached
 
 
 def read_neighbourhood(text: str) -> Neighbourhood | None:
@@ -187,7 +188,7 @@ def read_neighbourhood(text: str) -> Neighbourhood | None:
             return None
         first = listed[0]
         network = ipaddress.IPv4Network(first.get("subnet") or first["network"])
-        found = Neighbourhood(str(first["ip"]), network)
+        found = Neighbourhood(str(first["ip"]), network, str(first["gateway"]) if first.get("gateway") else None)
     except (yaml.YAMLError, TypeError, LookupError, AttributeError) as error:
         raise ValueError("the metadata of private networks are no list of them") from error
     if network.num_addresses > _LARGEST_NETWORK:
@@ -619,17 +620,30 @@ def outer_address(listed: str) -> str:
 
 
 def find_out(url: str, folder: Path, board: Board) -> Peer | None:
-    """The predecessor, if there is one. Raises Refused."""
+    """The predecessor, if there is one. Raises Refused, OSError, SubprocessError."""
     here = wait_for_neighbourhood(url)
     others = [str(address) for address in here.network.hosts() if str(address) != here.own]
     context = handover.make_context(folder, ssl.PROTOCOL_TLS_CLIENT)
-    found: list[str] = []
-    for _ in range(_LOOKS):
-        # A private network that has just come may not carry anything yet.
+    return find_predecessor(look_around(here, others), context, board)
+
+
+def look_around(here: Neighbourhood, others: list[str], ask: tunnel.Run = tunnel.run) -> list[str]:
+    """The neighbours that may be the predecessor. Raises Refused where nobody could be seen, SubprocessError.
+
+    A private network that has just come may not carry anything yet; that nobody is there is only known once it does.
+    """
+    end_s, looks = time.monotonic() + _NETWORK_WITHIN_S, 0
+    while True:
         if found := asyncio.run(find_open(others)):
-            break
+            return found
+        looks += 1
+        # Each look asked the gateway, so the kernel knows by now whether it answers.
+        is_silent = here.gateway is not None and "lladdr" not in ask(["ip", "neighbor", "show", here.gateway], "")
+        if looks >= _LOOKS and not is_silent:
+            return []
+        if time.monotonic() > end_s:
+            raise Refused(f"the private network carries nothing: its gateway, {here.gateway}, does not answer")
         time.sleep(_LOOK_AGAIN_S)
-    return find_predecessor(found, context, board)
 
 
 def is_ready() -> bool:
