@@ -3,6 +3,7 @@
 import copy
 import enum
 import json
+import re
 import types
 import typing
 import warnings
@@ -176,6 +177,16 @@ def test_panels_ask_the_one_data_source(dashboard: dict[str, Any]) -> None:
         assert panel["datasource"] == DATA_SOURCE
         assert [target["datasource"] for target in panel["targets"]] == [DATA_SOURCE] * len(panel["targets"])
         assert len({target["refId"] for target in panel["targets"]}) == len(panel["targets"]) > 0
+
+
+def test_a_stat_tells_one_value(dashboard: dict[str, Any]) -> None:
+    """After a rollout the node before is there, too, as far as the range goes back: no node's series stands alone."""
+    for panel in dashboard["panels"]:
+        for target in panel["targets"] if panel["type"] == "stat" else ():
+            outermost = re.sub(
+                r"\b(sum|max|min|avg)( by \([a-z]+\))? ?\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)", "", target["expr"]
+            )
+            assert not re.search(r"(llm|node|mini_llm|traefik|engine_daemon)_\w+", outermost), target["expr"]
 
 
 def test_dashboards_lead_to_each_other(dashboard: dict[str, Any]) -> None:
