@@ -193,10 +193,11 @@ TEMPLATE = (
 )
 
 
-def _byte_level_fields() -> list[Field]:
+def _byte_level_fields(longest_space: int) -> list[Field]:
     texts = byte_texts()
     space = texts[32]
     pairs = [(space, b"t"), (b"h", b"e"), (b"i", b"n"), (space + b"t", b"he"), (b"in", b"g")]
+    pairs += [(space * 2**n, space * 2**n) for n in range(longest_space.bit_length() - 1)]
     tokens = [*texts, *(left + right for left, right in pairs), *SPECIAL]
     plain = len(tokens) - len(SPECIAL)
     return [
@@ -229,11 +230,16 @@ def _sentence_piece_fields() -> list[Field]:
     ]
 
 
-def small_model(architecture: str = "llama", tokenizer: str = "gpt2", tied: bool = False) -> Gguf:
-    """Return a valid llama or qwen2 model of two blocks with random weights; the real engine loads it."""
+def small_model(
+    architecture: str = "llama", tokenizer: str = "gpt2", tied: bool = False, longest_space: int = 1
+) -> Gguf:
+    """Return a valid llama or qwen2 model of two blocks with random weights; the real engine loads it.
+
+    A byte-level vocabulary has tokens for runs of up to ``longest_space`` spaces, a power of two.
+    """
     width, wide, heads, heads_kv, blocks = 64, 128, 4, 2, 2
     narrow = width // heads * heads_kv
-    vocabulary = _byte_level_fields() if tokenizer == "gpt2" else _sentence_piece_fields()
+    vocabulary = _byte_level_fields(longest_space) if tokenizer == "gpt2" else _sentence_piece_fields()
     tokens = next(len(entry.value.items) for entry in vocabulary if entry.key == b"tokenizer.ggml.tokens")
     prefix = architecture.encode() + b"."
     metadata = [

@@ -54,15 +54,16 @@ _REPEAT_LAST_N = 64
 # The tokenizer takes stack (some vocabularies) or time (others) for each character of an unbroken run. What runs on
 # differs (letters alone; all but letters, digits and spaces; all but spaces and some signs: llama-vocab.cpp), and goes
 # by tables of Unicode that are not Python's. So a space of ASCII alone is sure to end a run, and a run of spaces holds
-# what anybody takes for them. 10,000 in a row take DeepSeek's first vocabulary 2 s, four times that for twice as many.
+# what anybody takes for them. 10,000 take DeepSeek's first vocabulary 2 to 4 s, four times that for twice as many.
 _LONGEST_RUN = 50_000
 _LONGEST_SPACE = 10_000
 _RUN = re.compile(r"[^ \t\n\v\f\r]+|(\s+)")
-# Cut where the vocabularies cut too, before a space, a text has the tokens of its pieces but for a few.
+# Cut where the vocabularies cut too, before a space, a text has the tokens of its pieces but for a few. Runs of spaces
+# stay whole: where the time goes by the square of their length, pieces of them would take less than the text itself.
 _PIECE_CHARACTERS = 8192
-_PIECE = re.compile(rf"(?s).{{1,{_PIECE_CHARACTERS}}}\S*")
-# Of processor time; an ordinary megabyte takes 0.2 to 1 s.
-_LONGEST_COUNT_S = 6.0
+_PIECE = re.compile(rf"(?s).{{1,{_PIECE_CHARACTERS}}}\s*\S*")
+# Of processor time, for the pieces; the text itself takes as long again. An ordinary megabyte takes 0.2 to 1 s.
+_LONGEST_COUNT_S = 2.5
 _PLACEHOLDER = re.compile(r"%[12](?![0-9])")
 _UNPARSED = re.compile("[\x00\ud800-\udfff]")
 # Attributes of a token: llama.cpp's enum llama_token_attr (unknown, control, user-defined).

@@ -192,12 +192,12 @@ class Service:
         return self.process.wait(timeout_s)
 
 
-def write_small_model(folder: Path, pre_tokenizer: str | None = "llama-bpe") -> Path:
+def write_small_model(folder: Path, pre_tokenizer: str | None = "llama-bpe", longest_space: int = 1) -> Path:
     """A valid model of random weights, with room for long answers and no wish to end them at temperature 0.
 
-    Without a pre-tokenizer its vocabulary is one of SentencePiece.
+    Without a pre-tokenizer its vocabulary is one of SentencePiece; ``longest_space`` is for ``small_model``.
     """
-    model = small_model(tokenizer="llama" if pre_tokenizer is None else "gpt2")
+    model = small_model(tokenizer="llama" if pre_tokenizer is None else "gpt2", longest_space=longest_space)
     if pre_tokenizer is not None:
         model.put("tokenizer.ggml.pre", STRING, pre_tokenizer.encode())
     model.put("llama.context_length", UINT32, 2048)

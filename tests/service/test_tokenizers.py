@@ -1,6 +1,7 @@
 """Texts that a vocabulary's own cutting is worst at, in front of the real service: none costs the engine its life."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -62,3 +63,16 @@ def test_no_text_ends_the_engine(pre_tokenizer: str | None, tmp_path: Path) -> N
             assert refused.json["type"].endswith("malformed"), (letter, refused.json)
         assert service.metric("llm_engine_restarts_total") == 0
         assert ask(service, "hello").status == 200
+
+
+@pytest.mark.parametrize("pre_tokenizer", PRE_TOKENIZERS)
+def test_no_spaces_that_fit_end_the_engine(pre_tokenizer: str | None, tmp_path: Path) -> None:
+    """Where a vocabulary has tokens for runs of spaces, long runs fit: they are answered or refused, and soon."""
+    model = write_small_model(tmp_path, pre_tokenizer, longest_space=512)
+    with running_service(model=model) as service:
+        for runs in (2, 12):
+            begun_s = time.monotonic()
+            answer = ask(service, (" " * 9_990 + "1") * runs)
+            assert time.monotonic() - begun_s < 10, (runs, answer.body[:300])
+            assert answer.status == 200 or answer.json["type"].endswith((":malformed", ":context-exceeded"))
+        assert service.metric("llm_engine_restarts_total") == 0
