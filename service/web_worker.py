@@ -37,8 +37,11 @@ _WATCH_EVERY_S = 0.25
 _LINGER_S = 0.5
 _KEPT_PAUSE_MS = 2
 # A client that pauses costs nobody anything as long as the kernel takes what is written; then it holds a thread and a
-# slot.
-_LONGEST_BLOCK_S = 30
+# slot: so long for a whole answer, in one pause or in many. Where more than half the threads have a connection, an
+# answer that is no stream may hold its own no longer than the second.
+_LONGEST_BLOCK_S, _HURRIED_BLOCK_S = 30, 5
+# Sending takes so long without waiting for anybody, on a busy machine.
+_UNBLOCKED_S = 0.02
 # So long the kernel keeps what a client does not acknowledge, or has no room for. Who asks from this machine, as a
 # proxy does, cannot have gone without a word; it only pauses, as its own client does.
 _LONGEST_SILENCE_S, _LONGEST_PAUSE_S = 60, 600
@@ -138,6 +141,7 @@ class WebWorker(ThreadWorker):
         self.nr_conns += 1
         silence_s = _LONGEST_PAUSE_S if _is_own(address[0]) else _LONGEST_SILENCE_S
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, silence_s * 1000)
+        # For what is sent before an answer begins: that the body may come.
         client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", _LONGEST_BLOCK_S, 0))
         conn = _Connection(self.cfg, client, address, listener.getsockname())
         conn.timeout = time.monotonic() + self.header_timeout_s
@@ -146,12 +150,15 @@ class WebWorker(ThreadWorker):
 
     def handle(self, conn: TConn) -> Any:
         keep = self._handle_one(conn)
-        while keep is True and self.alive and self.nr_conns <= self.cfg.threads // 2 and _has_more(conn):
+        while keep is True and self.alive and not self._is_crowded() and _has_more(conn):
             keep = self._handle_one(conn)
         if not keep:
             # gunicorn would do this in its main loop, where one client that does not close stops all others for 2 s.
             util.close_graceful(conn.sock, timeout=_LINGER_S)
         return keep
+
+    def _is_crowded(self) -> bool:
+        return bool(self.nr_conns > self.cfg.threads // 2)
 
     def _handle_one(self, conn: TConn) -> Any:
         self._deadlines.start(conn.sock, self.header_timeout_s)
@@ -165,7 +172,7 @@ class WebWorker(ThreadWorker):
         self._deadlines.extend(conn.sock, self.body_timeout_s - self.header_timeout_s)
         try:
             return super().handle_request(req, conn)
-        except BlockingIOError as error:
+        except (BlockingIOError, TimeoutError) as error:
             raise BrokenPipeError(errno.EPIPE, "the client has not read for too long") from error
 
     # Signals come twice: a unit's stop and Ctrl-C reach all processes, and gunicorn hands them on. The second may
@@ -217,8 +224,10 @@ class WebWorker(ThreadWorker):
     ) -> Iterable[bytes]:
         request, client = self._current.request, environ["gunicorn.socket"]
         body = environ["wsgi.input"] = _Body(self, request, client, environ)
+        patience_s = _LONGEST_BLOCK_S
 
         def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
+            nonlocal patience_s
             if body.ended_s is not None and "HTTP_X_FORWARDED_FOR" in environ:
                 time.sleep(max(0.0, body.ended_s + _PROXY_PAUSE_S - time.monotonic()))
             if not body.is_over():
@@ -230,9 +239,11 @@ class WebWorker(ThreadWorker):
                         request.must_close = True
                     case "content-length":
                         _set_corked(client, True)
+                        patience_s = _HURRIED_BLOCK_S if self._is_crowded() else _LONGEST_BLOCK_S
             return start_response(status, headers, exc_info)
 
-        return _Uncorking(application(environ, start), client)
+        answer = application(environ, start)
+        return _Sending(answer, client, patience_s)
 
 
 class _Body:
@@ -295,18 +306,26 @@ class _Body:
         return body
 
 
-class _Uncorking:
-    """A response's body; once it is written, what the kernel still holds back of it goes out.
+class _Sending:
+    """A response's body; sending it may wait for the client for ``patience_s`` in all, however often it gets on.
 
-    gunicorn sends head and body by themselves, which costs both ends a segment and a wake-up more. A whole answer is
-    held back until it is all there; a streamed one, which has no length, never is.
+    Once it is written, what the kernel still holds back of it goes out: gunicorn sends head and body by themselves,
+    which costs both ends a segment and a wake-up more. A whole answer is held back until it is all there; a streamed
+    one, which has no length, never is.
     """
 
-    def __init__(self, body: Iterable[bytes], client: socket.socket):
-        self._body, self._client = body, client
+    def __init__(self, body: Iterable[bytes], client: socket.socket, patience_s: float):
+        self._body, self._client, self._patience_s = body, client, patience_s
+        client.settimeout(patience_s)  # of each sendall as a whole; gunicorn takes it away before the next request
 
     def __iter__(self) -> Iterator[bytes]:
-        return iter(self._body)
+        for piece in self._body:
+            begun_s = time.monotonic()
+            yield piece
+            blocked_s = time.monotonic() - begun_s
+            if blocked_s > _UNBLOCKED_S:
+                self._patience_s = max(0.0, self._patience_s - blocked_s)
+                self._client.settimeout(self._patience_s)
 
     def close(self) -> None:
         _set_corked(self._client, False)

@@ -3,10 +3,11 @@
 import re
 import socket
 import time
+from pathlib import Path
 
 import pytest
 
-from tests.service.harness import FAKE, Service, running_service
+from tests.service.harness import FAKE, Service, running_service, write_small_model
 
 
 def test_full_queue_is_refused_with_retry_after(fake: Service) -> None:
@@ -167,6 +168,49 @@ def test_clients_that_do_not_close_hold_nobody_up(fake: Service) -> None:
         client.close()
 
 
+def test_clients_that_pipeline_and_do_not_read_hold_nobody_up() -> None:
+    """Each would hold a thread, and there are more of them than threads; in a crowd they lose it within seconds."""
+    with running_service(engine_adapter=FAKE) as service:
+        clients = [open_narrow(service) for _ in range(90)]  # there are 80 threads
+        for client in clients:
+            client.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 5)
+        for _ in range(3):
+            start_s = time.monotonic()
+            assert service.get("/health").status == 200
+            assert time.monotonic() - start_s < 8
+        for client in clients:
+            client.close()
+
+
+def open_narrow(service: Service) -> socket.socket:
+    """A connection for which the kernel keeps some thousand bytes."""
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 100)
+    client.connect(("127.0.0.1", service.port))
+    return client
+
+
+def test_client_that_reads_a_little_loses_its_slot(tmp_path: Path) -> None:
+    """It is what it holds up in all that counts, not how long ago it has last read."""
+    with running_service(model=write_small_model(tmp_path)) as service:
+        client = open_narrow(service)
+        body = b'{"prompt": "x", "max_tokens": 2000, "temperature": 0, "stream": true}'
+        head = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        client.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        service.wait_running(1)
+        start_s = time.monotonic()
+        while service.get("/ready").json["running"] and time.monotonic() - start_s < 60:
+            time.sleep(4)
+            try:
+                client.recv(2000)
+            except OSError:
+                break
+        assert 15 < time.monotonic() - start_s < 45
+        assert service.wait_request(endpoint="/generate")["client_left"] is True
+        client.close()
+
+
 def test_client_that_pauses_gets_its_answer_whole(fake: Service) -> None:
     """At a breakpoint, in a pager: the kernel holds what it does not read, and nobody waits for it."""
     client = socket.socket()
@@ -184,10 +228,7 @@ def test_client_that_pauses_gets_its_answer_whole(fake: Service) -> None:
 
 def test_client_that_does_not_read_loses_its_slot(fake: Service) -> None:
     """A client with a tiny window that never reads holds neither the slot nor a drain for ever."""
-    client = socket.socket()
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
-    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 100)
-    client.connect(("127.0.0.1", fake.port))
+    client = open_narrow(fake)
     body = b'{"prompt": "pause 0.0001", "max_tokens": 2000, "stream": true}'
     head = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
     client.sendall(head % len(body) + body)
