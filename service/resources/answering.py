@@ -13,7 +13,7 @@ from service import accounts, problems
 from service.accounts import Log
 from service.audit import AuditLog
 from service.connection import ClientWatch
-from service.errors import MediaTypeUnsupported, ServiceError
+from service.errors import LimitReached, MediaTypeUnsupported, ServiceError
 from service.generation import Generation, Generator, Text
 from service.json_text import to_json
 from service.schema import GenerateRequest, parse_deadline, parse_json
@@ -22,6 +22,9 @@ _COMMENT_EVERY_S = 5.0  # well below the idle timeouts of usual proxies (60 s)
 # A body that comes slowly holds a thread, and no limit of the key is asked before it is there. So a key may let a few
 # dawdle; more than those have the time of a body that was sent in one go.
 _PATIENT_BODIES, _HURRIED_BODY_S = 8, 0.5
+# While a body is parsed no other thread works, and what it holds decides how long that is: a megabyte of text some
+# milliseconds, of empty lists fifty. So a key's large bodies are parsed one after the other, a third of the time.
+_LARGE_BODY_BYTES, _PARSING_PAUSE = 64 << 10, 2.0
 
 
 class Shape(Protocol):
@@ -58,33 +61,49 @@ class Answerer:
         self.generator, self._audit, self.log = generator, audit, log
         self._lock = threading.Lock()
         self._arriving: Counter[str] = Counter()  # bodies, by whose they are
+        self._parsing: Counter[str] = Counter()  # those that are there and large
+        self._turns: dict[str, threading.Lock] = {}
 
     def read(self, req: falcon.Request) -> dict[str, Any]:
-        """The request's body. Raises MediaTypeUnsupported, BodyLate, BodyTooLarge or RequestMalformed."""
+        """The request's body.
+
+        Raises MediaTypeUnsupported, BodyLate, BodyTooLarge, LimitReached or RequestMalformed.
+        """
         if falcon.mediatypes.parse_header(req.content_type or "")[0].lower() != "application/json":
             raise MediaTypeUnsupported("the body must be declared as Content-Type: application/json")
         if (coding := (req.get_header("Content-Encoding") or "identity").strip().lower()) != "identity":
             raise MediaTypeUnsupported(f"the body must be sent as it is, not as Content-Encoding: {coding[:64]}")
         limit_bytes = self.generator.settings.body_limit_bytes
-        with self._arrival(req.env[accounts.CALLER].identity) as others:
+        identity = req.env[accounts.CALLER].identity
+        with self._counted(self._arriving, identity) as others:
             if others >= _PATIENT_BODIES:
                 req.env["wsgi.input"].hurry(_HURRIED_BODY_S)
             body = req.stream.read(limit_bytes + 1)
-        return parse_json(body, limit_bytes)
+        if len(body) <= _LARGE_BODY_BYTES:
+            return parse_json(body, limit_bytes)
+        with self._counted(self._parsing, identity) as others:
+            if others > self.generator.settings.queue_size:
+                raise LimitReached("key_parallel", f"{others} large bodies of the key are being read already", 1.0)
+            with self._turns.setdefault(identity, threading.Lock()):
+                begun_s = time.thread_time()
+                try:
+                    return parse_json(body, limit_bytes)
+                finally:
+                    time.sleep(_PARSING_PAUSE * (time.thread_time() - begun_s))
 
     @contextmanager
-    def _arrival(self, identity: str) -> Iterator[int]:
-        """Counts a body as arriving; yields how many others of the same key are."""
+    def _counted(self, bodies: Counter[str], identity: str) -> Iterator[int]:
+        """Counts a body among a key's; yields how many others there are."""
         with self._lock:
-            others = self._arriving[identity]
-            self._arriving[identity] += 1
+            others = bodies[identity]
+            bodies[identity] += 1
         try:
             yield others
         finally:
             with self._lock:
-                self._arriving[identity] -= 1
-                if not self._arriving[identity]:
-                    del self._arriving[identity]
+                bodies[identity] -= 1
+                if not bodies[identity]:
+                    del bodies[identity]
 
     def answer(self, req: falcon.Request, resp: falcon.Response, request: GenerateRequest, shape: Shape) -> None:
         """Admits the request, notes that in the audit log, and makes the response; raises what refuses it."""

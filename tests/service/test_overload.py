@@ -3,6 +3,8 @@
 import re
 import socket
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -155,6 +157,32 @@ def test_half_bodies_of_one_key_hold_nobody_up() -> None:
         assert cut == 92
         for client in clients:
             client.close()
+
+
+def test_large_bodies_of_one_key_hold_nobody_up() -> None:
+    """While one is parsed no thread works; of more of them than a queue holds, the others are refused for a while."""
+    with running_service(engine_adapter=FAKE, auth="keys") as service:
+        greedy, other = service.keys("add", "greedy"), service.keys("add", "other")
+        body = b'{"prompt":[' + b"[]," * 340_000 + b"[]]}"
+        end_s, seen, slowest_s = time.monotonic() + 6, Counter[int](), 0.0
+
+        def ask() -> None:
+            while time.monotonic() < end_s:
+                answer = service.request("POST", "/generate", body, Authorization=f"Bearer {greedy}")
+                assert answer.status == 400 or answer.headers["retry-after"] == "1"
+                seen[answer.status] += 1
+
+        with ThreadPoolExecutor(60) as pool:
+            for asking in [pool.submit(ask) for _ in range(60)]:
+                while not asking.done():
+                    start_s = time.monotonic()
+                    answer = service.request("POST", "/generate", {"prompt": "x"}, Authorization=f"Bearer {other}")
+                    assert answer.status == 200
+                    slowest_s = max(slowest_s, time.monotonic() - start_s)
+                    time.sleep(0.05)
+                asking.result()
+        assert slowest_s < 3
+        assert set(seen) == {400, 429}
 
 
 def test_clients_that_do_not_close_hold_nobody_up(fake: Service) -> None:
