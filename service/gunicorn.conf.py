@@ -1,5 +1,6 @@
 """Owns how gunicorn runs the service: one worker process, many threads, hooks that start and stop the engine."""
 
+import ctypes
 import gc
 import sys
 from typing import Any
@@ -13,6 +14,13 @@ try:
     check_folders(_settings)
 except SettingsInvalid as invalid:
     sys.exit("\n".join(f"error: {problem}" for problem in invalid.problems))
+
+# glibc gives each thread an arena of its own, and keeps in each what a large body took: 381 MB after a rush of them, 40
+# with two arenas that give back what is free at their end. The worker is forked, so it has this too. malloc.h:
+# M_ARENA_MAX is -8, M_TRIM_THRESHOLD -1.
+_malloc = ctypes.CDLL(None)
+_malloc.mallopt(-8, 2)
+_malloc.mallopt(-1, 256 << 10)
 
 wsgi_app = "service.wsgi:application"
 bind = f"[{_settings.host}]:{_settings.port}" if ":" in _settings.host else f"{_settings.host}:{_settings.port}"

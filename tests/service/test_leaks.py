@@ -2,6 +2,7 @@
 
 import gc
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 
@@ -46,3 +47,15 @@ def test_memory_threads_and_descriptors_stay(tmp_path: object) -> None:
         assert service.web.num_fds() <= descriptors + 2
         assert service.web.num_threads() <= 130
         assert psutil.Process(service.process.pid).is_running()
+
+
+def test_memory_of_large_bodies_is_given_back() -> None:
+    """A rush of them takes what they are as text, and none of it for good: each thread had kept the largest it saw."""
+    with running_service(model=SMALL) as service:
+        before = resident_bytes(service)["web"]
+        body = '{"max_tokens": 1, "prompt": "\U0001f600%s"}' % ("a b " * 260_000)
+        with ThreadPoolExecutor(60) as pool:
+            for answer in pool.map(lambda _: service.request("POST", "/generate", body.encode()), range(400)):
+                assert answer.status in (400, 429, 503)
+        service.wait_idle()
+        assert resident_bytes(service)["web"] < before + (60 << 20)
