@@ -3,6 +3,9 @@
 import select
 import socket
 
+# Sending takes so long without waiting for the client, on a busy machine.
+UNBLOCKED_S = 0.02
+
 
 class ClientWatch:
     """Peeks at the socket without taking a byte from it; without a socket nobody ever seems gone.

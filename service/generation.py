@@ -57,6 +57,7 @@ class Account:
     prefill_s: float = 0.0
     decode_s: float = 0.0
     first_text_s: float | None = None
+    held_up_s: float = 0.0  # by a client that did not read
     started_s: float = field(default_factory=time.monotonic)
 
     def timings(self) -> dict[str, float]:
@@ -358,13 +359,14 @@ class Generation:
         account.completion_tokens = completion.completion_tokens
         account.prefill_s, account.decode_s = completion.prefill_s, completion.decode_s
         account.finish_reason = "stop" if self._stop.stopped else completion.finish_reason
-        self._generator.scheduler.speed.learn(
-            completion.prefill_tokens,
-            completion.prefill_s,
-            completion.completion_tokens,
-            completion.decode_s,
-            None if completion.finish_reason == "cancelled" and not self._stop.stopped else account.max_tokens,
-        )
+        if account.held_up_s <= completion.decode_s / 10:  # else it tells of its client, not of the engine
+            self._generator.scheduler.speed.learn(
+                completion.prefill_tokens,
+                completion.prefill_s,
+                completion.completion_tokens,
+                completion.decode_s,
+                None if completion.finish_reason == "cancelled" and not self._stop.stopped else account.max_tokens,
+            )
         rest = self._stop.flush()
         return Text(rest) if rest else None
 

@@ -31,6 +31,7 @@ from gunicorn.workers.gthread import TConn, ThreadWorker
 
 from service import problems
 from service.accounts import Log
+from service.connection import UNBLOCKED_S
 from service.errors import BodyLate, RequestMalformed
 
 _WATCH_EVERY_S = 0.25
@@ -40,8 +41,6 @@ _KEPT_PAUSE_MS = 2
 # slot: so long for a whole answer, in one pause or in many. Where more than half the threads have a connection, an
 # answer that is no stream may hold its own no longer than the second.
 _LONGEST_BLOCK_S, _HURRIED_BLOCK_S = 30, 5
-# Sending takes so long without waiting for anybody, on a busy machine.
-_UNBLOCKED_S = 0.02
 # So long the kernel keeps what a client does not acknowledge, or has no room for. Who asks from this machine, as a
 # proxy does, cannot have gone without a word; it only pauses, as its own client does.
 _LONGEST_SILENCE_S, _LONGEST_PAUSE_S = 60, 600
@@ -323,7 +322,7 @@ class _Sending:
             begun_s = time.monotonic()
             yield piece
             blocked_s = time.monotonic() - begun_s
-            if blocked_s > _UNBLOCKED_S:
+            if blocked_s > UNBLOCKED_S:
                 self._patience_s = max(0.0, self._patience_s - blocked_s)
                 self._client.settimeout(self._patience_s)
 

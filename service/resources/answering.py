@@ -12,7 +12,7 @@ import falcon
 from service import accounts, problems
 from service.accounts import Log
 from service.audit import AuditLog
-from service.connection import ClientWatch
+from service.connection import UNBLOCKED_S, ClientWatch
 from service.errors import LimitReached, MediaTypeUnsupported, ServiceError
 from service.generation import Generation, Generator, Text
 from service.json_text import to_json
@@ -178,15 +178,23 @@ class _EventStream:
         return self
 
     def __next__(self) -> bytes:
+        self._note_sent()
         return next(self._events)
 
     def close(self) -> None:
+        self._note_sent()
         generation = self._generation
         if not generation.ended and not generation.closed:
             # Nothing reaches the client any more.
             generation.account.cancelled_by = generation.account.cancelled_by or "client"
         generation.close()
         _tell_facts(self._environ, generation)
+
+    def _note_sent(self) -> None:
+        """What was handed on has been sent, or never will be."""
+        sending_s = time.monotonic() - self._last_byte_s
+        if sending_s > UNBLOCKED_S:
+            self._generation.account.held_up_s += sending_s
 
     def _run(self) -> Iterator[bytes]:
         generation, shape = self._generation, self._shape
