@@ -95,7 +95,7 @@ class ContextExceeded(ServiceError):
 
 
 class Unavailable(ServiceError):
-    """The request cannot be served now (503); ``reason`` is a label of the refusals metric.
+    """The request cannot be served now (503); ``reason`` is the kind of problem.
 
     ``retry_after_s`` is the predicted wait in seconds, None where waiting would not help.
     """
@@ -104,6 +104,16 @@ class Unavailable(ServiceError):
         super().__init__(message)
         self.reason = reason
         self.retry_after_s = retry_after_s
+
+    @property
+    def too_late(self) -> bool:
+        """Whether its own deadline is the reason, however few others wait."""
+        return self.reason == "deadline" and self.retry_after_s is None
+
+    @property
+    def label(self) -> str:
+        """The reason as the refusals metric has it: an alert tells of those who had to wait for others."""
+        return "deadline_too_short" if self.too_late else self.reason
 
 
 class EngineFailed(ServiceError):

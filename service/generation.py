@@ -121,7 +121,7 @@ class Generator:
         except BaseException as error:
             lease.release(0)
             if isinstance(error, Unavailable):
-                self.metrics.refusals.labels(error.reason).inc()
+                self.metrics.refusals.labels(error.label).inc()
             raise
         self.metrics.prompt_tokens.inc(account.prompt_tokens)
         return Generation(self, ticket, lease, request, deadline_s, client, account)

@@ -117,9 +117,7 @@ def describe_error(error: Exception) -> Problem:
             return Problem(422, "out-of-bounds", detail, {"field": error.field, "bound": error.bound})
         case errors.Unavailable():
             kind = error.reason.replace("_", "-")
-            return Problem(
-                503, kind, detail, {}, error.retry_after_s, kind == "deadline" and error.retry_after_s is None
-            )
+            return Problem(503, kind, detail, {}, error.retry_after_s, error.too_late)
         case errors.Unauthenticated():
             return Problem(401, "unauthenticated", detail, {})
         case errors.Forbidden():

@@ -343,6 +343,8 @@ def test_a_deadline_is_refused_for_tokens_that_were_asked_for(bench: Bench, name
         assert_problem(result, 503, "deadline")
         assert result.headers["x-should-retry"] == "false"
         assert "retry-after" not in result.headers  # it would never be met
+        counted = {each.labels["reason"]: each.value for each in families(bench)["llm_refusals"].samples}
+        assert (counted["deadline_too_short"], counted["deadline"]) == (1, 0)  # nobody waits, so no alert says so
     else:
         assert result.json["response"] == "a"
 
