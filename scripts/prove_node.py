@@ -180,7 +180,7 @@ def judge_rollout(told: dict[str, Any], order: Order) -> None:
         if state == "looking":
             raise NotYet(told.get("reason") or "it looks for the node that serves")
     elif state != "finished":
-        left = "" if answers is None else f": {answers} answers, {told.get('connections')} connections"
+        left = "" if answers is None or answers < 0 else f": {answers} answers, {told.get('connections')} connections"
         raise NotYet(told.get("reason") or f"the old node is not done yet{left}")
 
 

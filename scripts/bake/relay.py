@@ -30,6 +30,7 @@ _OFF_PATIENCE_S = 120.0
 _LARGEST_BODY = 1 << 20  # of a call; user-data has 32 KiB at most
 _LABELLED = ("/servers", "/ssh_keys")
 _CREATE_IMAGE = re.compile(r"/servers/(\d+)/actions/create_image")
+_PLACING = ("create_server", "start_server")  # the actions for which another place may have room
 _UNSURE = {"server_error", "bad_gateway", "timeout"}  # what was asked for may have been done all the same
 _HANDED_BACK = ("Content-Type", "X-Correlation-Id", "RateLimit-Limit", "RateLimit-Remaining", "RateLimit-Reset", "Link")
 
@@ -185,7 +186,8 @@ class Relay:
             if action.get("status") == "error":
                 told = action.get("error") or {}
                 what = f"{action.get('command')}: {told.get('message')} ({told.get('code')})"
-                code = told["code"] if told.get("code") in NO_ROOM else "action_failed"
+                elsewhere = told.get("code") in NO_ROOM and action.get("command") in _PLACING
+                code = told["code"] if elsewhere else "action_failed"
                 self.failures.append(
                     CallFailed(call, code, what, answer.headers.get("X-Correlation-Id", ""), lost=True)
                 )

@@ -57,7 +57,7 @@ _REPEAT_LAST_N = 64
 # what anybody takes for them. 10,000 take DeepSeek's first vocabulary 2 to 4 s, four times that for twice as many.
 _LONGEST_RUN = 50_000
 _LONGEST_SPACE = 10_000
-_RUN = re.compile(r"[^ \t\n\v\f\r]+|(\s+)")
+_RUNS = ((re.compile(r"[^ \t\n\v\f\r]+"), _LONGEST_RUN), (re.compile(r"\s+"), _LONGEST_SPACE))
 # Cut where the vocabularies cut too, before a space, a text has the tokens of its pieces but for a few. Runs of spaces
 # stay whole: where the time goes by the square of their length, pieces of them would take less than the text itself.
 _PIECE_CHARACTERS = 8192
@@ -83,9 +83,7 @@ def batch_tokens(weights_bytes: int, threads: int) -> int:
 
 
 def _has_long_run(text: str) -> bool:
-    return any(
-        run.end() - run.start() > (_LONGEST_RUN if run[1] is None else _LONGEST_SPACE) for run in _RUN.finditer(text)
-    )
+    return any(run.end() - run.start() > longest for pattern, longest in _RUNS for run in pattern.finditer(text))
 
 
 class _ModelParams(ctypes.Structure):

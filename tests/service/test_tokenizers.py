@@ -33,6 +33,8 @@ HOSTILE = {
     "spaces": filled(" " * 10_000 + "1"),
     "spaces in front of letters": filled(" " * 10_000 + "中"),
     "spaces without end": filled(" "),
+    "other spaces": "\u3000" * 49_999 + "1",
+    "spaces that do not break": "\xa0" * 49_999 + "1",
     # A token, or several, for each byte.
     "emoji": filled("\U0001f600" * 10_000 + " "),
     "upper case": filled("QZ" * 20 + " "),

@@ -1,5 +1,6 @@
 """What the engine's worker decides before it loads: context length against file and memory; golden answers."""
 
+import itertools
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -62,12 +63,14 @@ def test_other_answer_is_refused(tmp_path: Path) -> None:
         golden.check(FakeEngine(), golden.Golden(made.prompt, made.max_tokens, made.response + "."))
 
 
-def test_a_slow_engine_is_known_by_the_beginning_of_its_answer() -> None:
+def test_a_slow_engine_is_known_by_the_beginning_of_its_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of four tokens at least, and each that has come is held against the record; the rest nobody waits for."""
-    answer = golden.Golden("pause 0.02 say a b c d e f g h i j k l m n", 16, "a b c d e f g h i j k l m n")
-    assert golden.check(FakeEngine(), answer, 10.0).completion_tokens == 14
+    clock = itertools.count()  # a second goes by between two looks
+    monkeypatch.setattr(golden.time, "monotonic", lambda: next(clock))
+    answer = golden.Golden("say a b c d e f g h i j k l m n", 16, "a b c d e f g h i j k l m n")
+    assert golden.check(FakeEngine(), answer, 100.0).completion_tokens == 14
     assert golden.check(FakeEngine(), answer, 0.0).completion_tokens == 4
-    assert 4 < golden.check(FakeEngine(), answer, 0.15).completion_tokens < 14
+    assert 4 < golden.check(FakeEngine(), answer, 6.0).completion_tokens < 14
     for wrong in ("a b c x e f g h i j k l m n", "a b c", ""):
         with pytest.raises(ModelRefused, match="golden answer is wrong"):
             golden.check(FakeEngine(), golden.Golden(answer.prompt, 16, wrong), 0.0)

@@ -323,7 +323,7 @@ class Handler(BaseHTTPRequestHandler):
         self._tell(
             {
                 **self._state(),
-                "tunnel": lease.exists(),
+                "tunnel": tunnel.is_open(),
                 "counters": counters,
                 "revoked": sorted(read_revoked(self.places.state / "revoked")),
             }

@@ -23,7 +23,7 @@ _LARGEST_STORE_BYTES = 4 << 20
 # Where a day was not enough, it is the name's records that are missing, for weeks perhaps; and thousands of failures in
 # a row make Let's Encrypt pause a name.
 _PAUSES_S = (15, 60, 300, *[900] * 96, 3600)
-_AWAITED_S = 900
+_AWAITED_S = (*[900] * 96, 3600)
 _LOOK_EVERY_S = 1
 
 
@@ -107,7 +107,7 @@ def main(
     missing, written = list(names), None
     awaited = _is_told_of_arrival(traefik) and not arrived.exists()
     # Seldom before, for a takeover that has failed never tells, and somebody may lead the addresses here all the same.
-    pauses = repeat(_AWAITED_S) if awaited else pauses_s()
+    pauses = chain(_AWAITED_S, repeat(_AWAITED_S[-1])) if awaited else pauses_s()
     number, rest_s = 0, next(pauses)
     while True:
         for name in [name for name in missing if is_there(acme, name)]:

@@ -473,8 +473,13 @@ class Takeover:
         heard_s, synced_s = self.now_s(), -_SYNC_EVERY_S
         moved_s: float | None = None
         asked_s = held_s = self.now_s()
+        lost = False
         while True:
             try:
+                if lost:
+                    print("takeover: the old node's end of the tunnel is gone; it is opened again")
+                    self.prepare(peer)
+                    lost = False
                 if self.board.state.flows == "cut" and moved_s is None and self.now_s() - held_s > _HOLD_AGAIN_S:
                     held_s = self.now_s()
                     if held_s - asked_s < _HOLD_WITHIN_S:
@@ -494,9 +499,7 @@ class Takeover:
                     synced_s = self.now_s()
                     open_ones = self.sync(peer)
                     heard_s = self.now_s()
-                    if not told and not open_ones.get("tunnel", True):
-                        print("takeover: the old node's end of the tunnel is gone; it is opened again")
-                        self.prepare(peer)
+                    lost = not told and not open_ones.get("tunnel", True)
                     if open_ones["answers"] != 0:
                         asked_s = heard_s
                     if self.board.state.state == "looking":
@@ -521,11 +524,11 @@ class Takeover:
         peer.tell("/hold", {"seconds": 0})
         begin_s = self.now_s()
         self.board.tell(reason="the cloud's firewall would cut answers in flight; waiting for a moment without any")
-        if self._wait_for(peer, lambda told: not told["answers"], _GAP_WITHIN_S)["answers"]:
-            self._wait_for(peer, lambda told: not told["answers"], _DRAIN_S, held=True)
+        if self._wait_for(peer, lambda told: (told["answers"] or 0) <= 0, _GAP_WITHIN_S)["answers"]:
+            self._wait_for(peer, lambda told: (told["answers"] or 0) <= 0, _DRAIN_S, held=True)
         rest = self._wait_for(peer, lambda told: not told["connections"], _REST_S, held=True)
         waited = f"{self.now_s() - begin_s:.0f} s were waited for a moment without answers"
-        cut = f"; there was none, so {rest['answers']} of them are cut" if rest["answers"] else ""
+        cut = f"; there was none, so {rest['answers']} of them are cut" if (rest["answers"] or 0) > 0 else ""
         self.board.note(f"the cloud's firewall drops connections that move: {waited}{cut}")
         self.board.tell(reason=None)
 

@@ -252,6 +252,15 @@ def close(memory: Path, ask: Run = run) -> None:
         memory.unlink()
 
 
+def is_open() -> bool:
+    """Whether this node has an end of a tunnel; a reboot, or the end's own failure, takes it away."""
+    try:
+        socket.if_nametoindex(INTERFACE)
+    except OSError:
+        return False
+    return True
+
+
 def _clear(ask: Run) -> None:
     """All but the settings: an end that is opened again must not take unknown flows for new ones in between."""
     for family in ("-4", "-6"):
@@ -292,7 +301,6 @@ def keep_open(ends: Ends, lease: Path, addresses: Path, memory: Path) -> None:
         time.sleep(_LEASE_S / 10)
         if (now := lease.stat().st_mtime_ns) != touched:
             touched, heard_s = now, time.monotonic()
-    lease.unlink(missing_ok=True)  # whoever is heard of again can tell by this
     print(f"{ends.peer} has not been heard of for {_LEASE_S:.0f} s; the tunnel is closed")
 
 
