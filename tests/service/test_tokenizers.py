@@ -63,6 +63,10 @@ def test_no_text_ends_the_engine(pre_tokenizer: str | None, tmp_path: Path) -> N
             taken, refused = ask(service, letter * longest), ask(service, letter * 200_000)
             assert taken.json["type"].endswith("context-exceeded"), (letter, taken.json)
             assert refused.json["type"].endswith("malformed"), (letter, refused.json)
+        # How much too long is told up to twice the context (of 2,048 tokens).
+        little, far = ask(service, "! " * 1500), ask(service, "! " * 15_000)
+        assert 3000 < little.json["prompt_tokens"] < 3100
+        assert far.json["prompt_tokens"] == 2049
         assert service.metric("llm_engine_restarts_total") == 0
         assert ask(service, "hello").status == 200
 

@@ -122,6 +122,13 @@ def test_the_nodes_own_table_lets_a_rollout_through_and_nothing_else() -> None:
     assert f"ListenStream=0.0.0.0:{handover.PORT}\n" in listening
 
 
+@pytest.mark.parametrize(("interface", "there"), [("lo", True), ("nobody-s", False)])
+def test_whether_there_is_an_end_of_it(monkeypatch: pytest.MonkeyPatch, interface: str, there: bool) -> None:
+    """By the kernel's own word: whatever took it away, it is gone."""
+    monkeypatch.setattr(tunnel, "INTERFACE", interface)
+    assert tunnel.is_open() is there
+
+
 def test_the_lease_ends_by_a_clock_that_does_not_jump(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It goes on as long as it is touched, whatever time of day that gives it."""
     (tmp_path / "addresses").write_text("203.0.113.5\n")
