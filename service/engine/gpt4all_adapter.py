@@ -138,8 +138,9 @@ class _Tokenizer:
     def count(self, turns: Sequence[Turn], context_length: int) -> int:
         """Tokens of a conversation, cut where the engine cuts it (``LLamaModel::tokenize``).
 
-        Exact wherever it fits the context, and up to twice that or 8,192 tokens more, so that people see how much too long
-        a text is; of a longer one it is context_length + 1, without looking at the rest. Raises RequestMalformed for a text that cannot be cut in time.
+        Exact wherever it fits the context, and up to twice that or 8,192 tokens more, so that people see how much too
+        long a text is; of a longer one it is context_length + 1, without looking at the rest. Raises RequestMalformed
+        for a text that cannot be cut in time.
         """
         too_many = context_length + max(context_length // 8, min(context_length, 8192)) + 64
         ends_s = time.thread_time() + _LONGEST_COUNT_S
